@@ -1,0 +1,59 @@
+"""Decoded frames on disk, least recently used out first, shared by any number of processes.
+
+Not a cache of patches, prompts or model outputs, and not for network file systems without locks (the index is
+SQLite). Nothing to run; `video.load_video` takes a `FrameCache`.
+"""
+
+import hashlib
+import io
+import os
+import zlib
+from pathlib import Path
+
+import diskcache
+import numpy as np
+
+FORMAT = 1  # raise it when the meaning of a stored entry changes: old entries then miss and age out
+
+
+def file_key(path: str | os.PathLike, *parts: object) -> str:
+    """Key of what was made from a file: hash of the format, resolved path, size, mtime (ns) and `parts`.
+
+    `parts` must have a `repr` that is equal in every process (numbers, strings, tuples of them). Raises
+    FileNotFoundError.
+    """
+    resolved = Path(path).resolve()
+    stat = resolved.stat()
+    identity = (FORMAT, str(resolved), stat.st_size, stat.st_mtime_ns, parts)
+    return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+class FrameCache:
+    """Tuples of numpy arrays under string keys, at most `max_gib` GiB in `directory`.
+
+    An entry is the .npy bytes of its arrays, one after the other, behind their checksum; nothing is pickled.
+    The object itself may be pickled, or kept over a fork: each process opens its own connection.
+    """
+
+    def __init__(self, directory: str | os.PathLike, max_gib: float):
+        size = int(max_gib * 2**30)
+        self._disk = diskcache.Cache(str(directory), size_limit=size, eviction_policy="least-recently-used")
+
+    def get(self, key: str) -> tuple[np.ndarray, ...] | None:
+        """The arrays stored under `key`; None when there are none, or when their bytes are damaged."""
+        entry = self._disk.get(key, retry=True)
+        if not entry or zlib.crc32(entry[4:]) != int.from_bytes(entry[:4], "big"):
+            return None
+        stream, arrays = io.BytesIO(entry), []
+        stream.seek(4)
+        while stream.tell() < len(entry):
+            arrays.append(np.load(stream, allow_pickle=False))
+        return tuple(arrays)
+
+    def put(self, key: str, *arrays: np.ndarray) -> None:
+        """Store the arrays under `key`, in place of what was there. Raises ValueError for object arrays."""
+        stream = io.BytesIO()
+        for array in arrays:
+            np.save(stream, array, allow_pickle=False)
+        body = stream.getvalue()
+        self._disk.set(key, zlib.crc32(body).to_bytes(4, "big") + body, retry=True)

@@ -1,0 +1,330 @@
+"""Typed configuration: defaults < YAML files (later ones win) < `section.key=value` on the command line.
+
+Not a registry and not a place for logic: a field is a name, a type, a default and one line of meaning. YAML holds
+only what differs from the defaults; an unknown key or a wrong type is an error that names the nearest valid key.
+
+    cfg = config.load(config.GrpoConfig, ["configs/tiny.yaml"], ["loss.beta=0.0", "run.seed=1"])
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = "runs/grpo"  # run folder; an existing one is never overwritten, see --resume
+    seed: int = 0  # of data order, sampling and weights; a sample depends on (seed, step, sample id, g) alone
+    steps: int = 200  # optimizer steps
+    save_every: int = 100  # steps between checkpoints; the last step is always saved
+    keep_checkpoints: int = 2  # newest checkpoints kept
+    print_every: int = 20  # steps between two printed completions
+    tracker: str = "tensorboard"  # any tracker that accelerate knows, or "none"; metrics.jsonl is always written
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "tiny_world/model"  # Hugging Face folder or hub id, Qwen2-VL or Qwen2.5-VL
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; log-probs are always float32
+    freeze_vision: bool = True  # tower and merger get no gradient and run once per video and step
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = "tiny_world/tvg_train.yaml"  # .yaml list of data sets, .jsonl records or Temporal-R1 .json
+    validation: str = "tiny_world/tvg_validation.yaml"  # same forms; "" for no validation
+    batch_size: int = 16  # videos per optimizer step, over all processes
+    micro_batch_size: int = 16  # videos per forward and backward pass and process; changes no gradient
+    out_of_clip: Literal["clamp", "drop", "error"] = "clamp"  # a segment that ends after its video
+    cache_dir: str = "tiny_world/cache"  # decoded frames; "" for none
+    cache_gib: float = 4.0  # size of that cache, in GiB
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    fps: float = 2.0  # frames per second asked for
+    min_frames: int = 4  # at least so many frames
+    max_frames: int = 768  # at most so many frames
+    min_pixels: int = 3136  # at least so many pixels a frame
+    max_pixels: int = 602112  # at most so many pixels a frame
+    total_pixels: int = 1605632  # budget of a video in pixels of frame pairs: 28 x 28 make one token, 2,048 tokens
+    time_step: Literal["exact", "whole_seconds"] = "exact"  # whole_seconds: as transformers 4.50 to 5.2 rounded it down
+
+
+THINK = (
+    "Think about the video and the question first, inside <think> </think> tags. "
+    "Then give the final answer inside <answer> </answer> tags."
+)
+PLAIN = "Give only the final answer, inside <answer> </answer> tags."
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    think: bool = True  # responses are a think block, then an answer block; otherwise an answer block alone
+    system_think: str = THINK  # system turn in thinking mode; "" for none
+    system_plain: str = PLAIN  # system turn otherwise; "" for none
+    tvg: str = (
+        'Give the query: "{question}", when does the described content occur in the video? '
+        "Answer with its start and end time in seconds, as in <answer>3.5 to 12.0</answer>."
+    )  # user turn of temporal grounding, after the video
+    mcqa: str = "{question}\n{options}\nAnswer with the letter of the right option, as in <answer>B</answer>."
+    gqa: str = (
+        "{question}\n{options}\nAnswer with the letter of the right option and the start and end time in seconds "
+        "of the moment that shows it, as in <answer>B, 3.5 to 12.0</answer>."
+    )  # user turn of grounded question answering
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    group_size: int = 8  # G, completions per video
+    temperature: float = 1.0  # of sampling and of every log-prob
+    max_new_tokens: int = 2048  # T at most, EOS included
+    micro_batch_size: int = 16  # videos in one call of generate and process; changes no sample
+
+
+@dataclass(frozen=True)
+class Weights:
+    format: float = 0.0  # the response is laid out as asked and its answer parses
+    answer: float = 0.0  # discrete: the right option
+    iou: float = 0.0  # continuous: temporal IoU
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    tvg: Weights = field(default_factory=lambda: Weights(format=0.5, iou=0.5))
+    mcqa: Weights = field(default_factory=lambda: Weights(format=0.5, answer=0.5))
+    gqa: Weights = field(default_factory=lambda: Weights(format=0.2, answer=0.4, iou=0.4))
+    format_gates_task: bool = True  # no task reward without the format, no format reward without a parsed answer
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    beta: float = 0.01  # KL coefficient; 0 loads no reference model
+    clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: float = 0.2  # larger than clip_low: DAPO's "clip higher"
+    std_eps: float = 1e-6  # added to the group's standard deviation
+    kl_clamp: float = 10.0  # the KL's log-ratio is clamped to +- this
+    old_logps: Literal["policy", "sampled"] = "policy"  # policy: of this update's first pass, so the ratio starts at 1
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-6  # AdamW learning rate
+    weight_decay: float = 0.01  # AdamW, decoupled
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.999  # AdamW
+    grad_clip: float = 1.0  # maximum gradient norm
+    warmup_steps: int = 0  # linear warm-up of the learning rate
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 at run.steps
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 50  # steps between validations; 0 for none
+    num_samples: int = 200  # at most so many validation samples, the first ones; 0 for all
+    batch_size: int = 32  # videos per call of generate and process
+    max_new_tokens: int = 2048  # greedy tokens at most
+    answer: Literal["tagged", "tagged_or_text"] = "tagged"  # what counts as the answer when there is no answer block
+
+
+@dataclass(frozen=True)
+class TestDataConfig:
+    test: str = "tiny_world/tvg_test.yaml"  # what to evaluate: .yaml, .jsonl or .json, as for training
+    out_of_clip: Literal["clamp", "drop", "error"] = "clamp"
+    cache_dir: str = "tiny_world/cache"
+    cache_gib: float = 4.0
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Everything `train_grpo.py` reads."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self):
+        if self.rollout.group_size < 2:
+            raise ValueError(f"rollout.group_size is {self.rollout.group_size}; a group needs at least 2 completions")
+        for name in ("tvg", "mcqa", "gqa"):
+            weights = dataclasses.astuple(getattr(self.reward, name))
+            if min(weights) < 0 or sum(weights) <= 0:
+                raise ValueError(f"reward.{name}: weights must be >= 0 and not all 0, got {weights}")
+        _check_training(self)
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Everything `train_sft.py` reads."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(dir="runs/sft"))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self):
+        _check_training(self)
+
+
+@dataclass(frozen=True)
+class EvalRunConfig:
+    """Everything `eval.py run` reads; `run.dir` receives predictions.jsonl and metrics.json."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(dir="runs/eval"))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: TestDataConfig = field(default_factory=TestDataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def _check_training(cfg) -> None:
+    positive = {
+        "run.steps": cfg.run.steps,
+        "run.save_every": cfg.run.save_every,
+        "run.keep_checkpoints": cfg.run.keep_checkpoints,
+        "run.print_every": cfg.run.print_every,
+        "data.batch_size": cfg.data.batch_size,
+        "data.micro_batch_size": cfg.data.micro_batch_size,
+        "optim.lr": cfg.optim.lr,
+        "optim.grad_clip": cfg.optim.grad_clip,
+        "eval.batch_size": cfg.eval.batch_size,
+        "eval.max_new_tokens": cfg.eval.max_new_tokens,
+    }
+    if isinstance(cfg, GrpoConfig):
+        positive |= {
+            "rollout.temperature": cfg.rollout.temperature,
+            "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
+            "rollout.micro_batch_size": cfg.rollout.micro_batch_size,
+        }
+    for key, value in positive.items():
+        if value <= 0:
+            raise ValueError(f"{key} must be above 0, got {value}")
+
+
+def load(config_class: type[ConfigT], paths: list[str] = (), overrides: list[str] = ()) -> ConfigT:
+    """Merge defaults, YAML files and `section.key=value` overrides into one frozen `config_class`.
+
+    Raises ValueError that names file or override, key and the nearest valid key.
+    """
+    merged = OmegaConf.create({})
+    for path in paths:
+        merged = OmegaConf.merge(merged, _read_yaml(config_class, path))
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {override!r} is not of the form section.key=value")
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ValueError(f"override {override!r}: {error}") from None
+        _check_keys(config_class, OmegaConf.to_container(layer), "", f"override {override!r}")
+        merged = OmegaConf.merge(merged, layer)
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{', '.join(paths)}: {error}") from None
+    return _build(config_class, values, "")
+
+
+def to_yaml(cfg: Any) -> str:
+    """The effective configuration as YAML; `load` of it gives an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
+
+
+def from_command_line(config_class: type[ConfigT], argv: list[str] | None, doc: str) -> tuple[ConfigT, bool]:
+    """Parse `[--config FILE ...] [--resume] [section.key=value ...]`; returns the config and `resume`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="+", default=[], action="extend", metavar="FILE", help="later files win")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.dir")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    files = [name for name in args.config if "=" not in name]  # --config takes what follows it, overrides too
+    overrides = [name for name in args.config if "=" in name] + args.overrides
+    return load(config_class, files, overrides), args.resume
+
+
+def _read_yaml(config_class: type, path: str):
+    if not Path(path).is_file():
+        raise ValueError(f"config file {path} not found")
+    try:
+        layer = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(layer):
+        raise ValueError(f"{path}: expected sections of keys, got {type(layer).__name__}")
+    _check_keys(config_class, OmegaConf.to_container(layer), "", path)
+    return layer
+
+
+def _check_keys(config_class: type, values: Any, prefix: str, source: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: {prefix.rstrip('.')} is a section, not a value")
+    types = get_type_hints(config_class)
+    for key, value in values.items():
+        if key not in types:
+            raise ValueError(f"{source}: unknown key {prefix}{key}{_nearest(config_class, prefix, str(key))}")
+        if dataclasses.is_dataclass(types[key]):
+            _check_keys(types[key], value, f"{prefix}{key}.", source)
+        else:
+            _check_type(value, types[key], f"{source}: {prefix}{key}")
+
+
+def _nearest(config_class: type, prefix: str, key: str) -> str:
+    names = list(get_type_hints(config_class))
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; valid are {', '.join(prefix + n for n in names)}"
+
+
+def _check_type(value: Any, hint: Any, where: str) -> None:
+    if isinstance(value, str) and value.startswith("${"):
+        return  # an interpolation, checked once resolved
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{where} must be one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
+        return
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if float in kinds and type(value) is int:
+        return
+    if type(value) not in kinds:
+        raise ValueError(f"{where} must be {hint.__name__}, got {value!r} ({type(value).__name__})")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be finite, got {value}")
+
+
+def _build(config_class: type[ConfigT], values: dict, prefix: str) -> ConfigT:
+    types, built = get_type_hints(config_class), {}
+    default = config_class()
+    for key, hint in types.items():
+        if dataclasses.is_dataclass(hint):
+            base = dataclasses.asdict(getattr(default, key))
+            built[key] = _build(hint, _deep_merge(base, values.get(key, {})), f"{prefix}{key}.")
+        elif key in values:
+            _check_type(values[key], hint, f"{prefix}{key}")
+            built[key] = float(values[key]) if hint is float else values[key]
+    return config_class(**built)
+
+
+def _deep_merge(base: dict, over: dict) -> dict:
+    return base | {k: _deep_merge(base[k], v) if isinstance(v, dict) else v for k, v in over.items()}

@@ -1,0 +1,328 @@
+"""The policy: load, freeze and save a Qwen2-VL / Qwen2.5-VL model, and score G completions over one shared prompt.
+
+Not a sampler (rollout.py) and not a loss (grpo.py). `Policy.forward` is what `accelerator.prepare` wraps and the only
+thing called with gradients: packed completions in, log-probs and entropies out.
+
+One row holds, per video, the prompt and then its G completions, ragged and without padding:
+
+    [prompt 1 | c 1,1 | ... | c 1,G][prompt 2 | c 2,1 | ...]
+
+A completion token sees its prompt and its own past. Its rotary position goes on where the prompt ends, whatever
+completions stand between; the first token of each completion is predicted by the prompt's last hidden state.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import cached_file
+
+from config import ModelConfig
+from data import Prompt
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+HEAD_CHUNK = 512  # completion tokens per chunk of the head: their (chunk, V) float32 logits are all that is kept
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one video's prompt and completions lie in the packed row."""
+
+    start: int
+    prompt_end: int
+    end: int
+    mask: Tensor  # (end - prompt_end, end - start) bool: what each completion token sees
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Videos with their completions in one row of S tokens; N completion tokens in all, B completions."""
+
+    prompts: tuple[Prompt, ...]
+    spans: tuple[Span, ...]
+    ids_S: Tensor
+    positions_3S: Tensor  # rotary positions (time, height, width)
+    predictor_N: Tensor  # index in the row of the token that predicts completion token n
+    targets_N: Tensor  # completion token ids
+    lengths_B: Tensor  # tokens per completion, in the order of the row
+
+
+def rope_positions(
+    segments: Sequence[int | tuple[int, int, int, float]], merge_size: int, tokens_per_second: float | None
+) -> tuple[Tensor, int]:
+    """Rotary positions (3, L) of a row of text and videos, and the position of the token after it.
+
+    `segments`: an int is so many text tokens; (t, h, w, second_per_grid) is a video's grid before merging and the
+    seconds between its time steps. `tokens_per_second` None (Qwen2-VL): one position per time step; otherwise
+    (Qwen2.5-VL, arXiv 2502.13923, 2.1.2) floor(index * second_per_grid * tokens_per_second). Text goes on at the
+    largest position used so far + 1, as the released checkpoints were trained (transformers up to 5.2).
+
+    >>> positions, after = rope_positions([1, (2, 2, 4, 1.0), 2], merge_size=2, tokens_per_second=2)
+    >>> positions.tolist(), after
+    ([[0, 1, 1, 3, 3, 4, 5], [0, 1, 1, 1, 1, 4, 5], [0, 1, 2, 1, 2, 4, 5]], 6)
+    """
+    parts, position = [], 0
+    for segment in segments:
+        if isinstance(segment, int):
+            part = torch.arange(segment).expand(3, -1)
+        else:
+            t, h, w, second_per_grid = segment
+            step = 1.0 if tokens_per_second is None else torch.tensor(second_per_grid) * tokens_per_second
+            time = (torch.arange(t) * step).long()
+            axes = (time, torch.arange(h // merge_size), torch.arange(w // merge_size))
+            part = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
+        if part.numel():
+            parts.append(part + position)
+            position = int(parts[-1].max()) + 1
+    return torch.cat(parts, dim=1), position
+
+
+def prompt_positions(prompt: Prompt, config) -> tuple[Tensor, int]:
+    """Rotary positions (3, P) of a prompt and the position of its first completion token, under a model's config."""
+    after = len(prompt.ids) - prompt.video_start - prompt.video.num_tokens
+    grid = (*prompt.video.grid_thw, prompt.video.second_per_grid)
+    tokens_per_second = config.vision_config.tokens_per_second if config.model_type == "qwen2_5_vl" else None
+    return rope_positions([prompt.video_start, grid, after], config.vision_config.spatial_merge_size, tokens_per_second)
+
+
+def tree_mask(prompt_tokens: int, lengths: Sequence[int]) -> Tensor:
+    """(sum of lengths, prompt + sum of lengths) bool: a completion token sees the prompt and its own block's past.
+
+    >>> tree_mask(2, [2, 1]).int().tolist()
+    [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    """
+    num = sum(lengths)
+    owner = torch.repeat_interleave(torch.tensor(lengths))
+    own_past = (owner[:, None] == owner[None, :]) & torch.ones(num, num, dtype=torch.bool).tril()
+    return torch.cat([torch.ones(num, prompt_tokens, dtype=torch.bool), own_past], dim=1)
+
+
+def pack(prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], config, device) -> Packed:
+    """Lay videos and their completions (token ids, each at least one) out in one row, see the head of this file."""
+    spans, ids, positions, predictor, targets, lengths = [], [], [], [], [], []
+    for prompt, group in zip(prompts, completions, strict=True):
+        start, prompt_end = len(ids), len(ids) + len(prompt.ids)
+        prompt_3P, next_position = prompt_positions(prompt, config)
+        ids += prompt.ids
+        positions.append(prompt_3P)
+        for tokens in group:
+            predictor += [prompt_end - 1, *range(len(ids), len(ids) + len(tokens) - 1)]
+            positions.append((next_position + torch.arange(len(tokens))).expand(3, -1))
+            ids += tokens
+            targets += tokens
+            lengths.append(len(tokens))
+        mask = tree_mask(len(prompt.ids), [len(tokens) for tokens in group])
+        spans.append(Span(start, prompt_end, len(ids), mask.to(device)))
+    return Packed(
+        prompts=tuple(prompts),
+        spans=tuple(spans),
+        ids_S=torch.tensor(ids, device=device),
+        positions_3S=torch.cat(positions, dim=1).to(device),
+        predictor_N=torch.tensor(predictor, device=device),
+        targets_N=torch.tensor(targets, device=device),
+        lengths_B=torch.tensor(lengths, device=device),
+    )
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, spans=None, **kwargs):
+    """Attention of a packed row: prompts plainly causal, completions over their prompt and themselves.
+
+    The masks have as many rows as there are completion tokens: no S x S mask exists, keys and values of a prompt are
+    never repeated. Without `spans` this is transformers' sdpa (prefill, decoding, vision tower).
+    Shapes: query (1, heads, S, D), key and value (1, kv heads, S, D); returns (1, S, heads, D), None.
+    """
+    if spans is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    outputs, sizes = [], [span.end - span.start for span in spans]  # one split: a slice each costs its backward O(S)
+    rows = zip(spans, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
+    for span, q, k, v in rows:
+        num = span.prompt_end - span.start
+        q_prompt, q_completions = q.split([num, q.shape[2] - num], dim=2)
+        k_prompt, v_prompt = k[:, :, :num], v[:, :, :num]
+        outputs.append(sdpa_attention_forward(module, q_prompt, k_prompt, v_prompt, None, is_causal=True, **kwargs)[0])
+        mask = span.mask[None, None]
+        outputs.append(sdpa_attention_forward(module, q_completions, k, v, mask, is_causal=False, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def window_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
+    """Vision attention within windows of (1, heads, N, D) patches, all windows of one length in one call.
+
+    Window i is the patches cu_seq_lens_q[i] to cu_seq_lens_q[i + 1]. Returns (1, N, heads, D), None.
+    """
+    kwargs = {name: kwargs[name] for name in ("scaling", "dropout", "is_causal")}
+    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
+    outputs, places = [], []
+    for length in lengths.unique().tolist():
+        rows = starts[lengths == length, None] + torch.arange(length, device=starts.device)
+        q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0].flatten(0, 1))
+        places.append(rows.flatten())
+    return torch.cat(outputs)[torch.cat(places).argsort()][None], None
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+# "flash" in the name makes transformers hand over all windows at once, not one by one
+AttentionInterface.register("flash_windows", window_attention)
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+
+
+class Policy(nn.Module):
+    """A video language model as a distribution over completions.
+
+    `temperature` divides the logits and `banned` ids have probability 0, in sampling and scoring alike.
+    """
+
+    def __init__(self, model, tokenizer, temperature: float = 1.0):
+        super().__init__()
+        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        self.register_buffer("banned", banned_ids(model.config, tokenizer), persistent=False)
+        self.eos_ids, self.pad_id = _stop_ids(model.generation_config, tokenizer)
+        # generate() fills what it is not told from the checkpoint (a repetition penalty, a near-zero temperature)
+        self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id)
+
+    @property
+    def device(self) -> torch.device:
+        return self.banned.device
+
+    def embed_videos(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Run the vision tower once over all videos; (sum of their tokens, H) in the order of the prompts."""
+        patches = torch.cat([prompt.video.patches for prompt in prompts]).to(self.device)
+        grids = torch.tensor([prompt.video.grid_thw for prompt in prompts], device=self.device)
+        return torch.cat(self.model.model.get_video_features(patches, grids).pooler_output)
+
+    @torch.no_grad()
+    def embed_each(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        """Each prompt's video embeddings (video tokens, H), without gradient, from one run of the tower."""
+        return list(self.embed_videos(prompts).split([prompt.video.num_tokens for prompt in prompts]))
+
+    def embed(self, ids: Tensor, video_embeds: Tensor) -> Tensor:
+        """Token embeddings (..., H) of ids (...), the video placeholders filled with `video_embeds` in order."""
+        embeds = self.model.get_input_embeddings()(ids)
+        holes = (ids == self.model.config.video_token_id).unsqueeze(-1).expand_as(embeds)
+        return embeds.masked_scatter(holes, video_embeds.to(embeds.dtype))
+
+    def forward(self, packed: Packed, video_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Log-prob of each completion token, and the entropy (nats, no gradient) of the distribution it came from.
+
+        `video_embeds` (sum of video tokens, H) spares the tower a run; None runs it, with gradients if it has any.
+        Returns two float32 tensors (N,), in the order of `packed.targets_N`.
+        """
+        if video_embeds is None:
+            video_embeds = self.embed_videos(packed.prompts)
+        text_model = self.model.model.language_model
+        hidden_1SH = text_model(
+            inputs_embeds=self.embed(packed.ids_S[None], video_embeds),
+            position_ids=packed.positions_3S[:, None],
+            attention_mask=dict.fromkeys(text_model.config.layer_types),  # ours needs none: spans say it all
+            use_cache=False,
+            spans=packed.spans,
+        ).last_hidden_state
+        return self._head(hidden_1SH[0, packed.predictor_N], packed.targets_N)
+
+    def _head(self, hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        chunks = list(zip(hidden_NH.split(HEAD_CHUNK), targets_N.split(HEAD_CHUNK)))
+        if torch.is_grad_enabled() and len(chunks) > 1:
+            parts = [checkpoint(self._head_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        else:
+            parts = [self._head_chunk(*chunk) for chunk in chunks]
+        logps, entropies = zip(*parts)
+        return torch.cat(logps), torch.cat(entropies)
+
+    def _head_chunk(self, hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        logps_NV = self.log_softmax(self.model.lm_head(hidden_NH))
+        with torch.no_grad():
+            entropy_N = -(logps_NV.exp() * logps_NV.masked_fill(logps_NV == -torch.inf, 0.0)).sum(-1)
+        return logps_NV.gather(1, targets_N[:, None]).squeeze(1), entropy_N
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Float32 log-probs (..., V) of the distribution that is sampled from and scored."""
+        return (logits.float() / self.temperature).index_fill(-1, self.banned, -torch.inf).log_softmax(-1)
+
+
+def pad_rows(values_N: Tensor, lengths_B: Tensor, num_columns: int, fill: float = 0.0) -> Tensor:
+    """(N,) values of ragged completions to (B, num_columns), filled at the end of each row.
+
+    >>> pad_rows(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2]), 3).tolist()
+    [[1.0, 0.0, 0.0], [2.0, 3.0, 0.0]]
+    """
+    mask_BT = torch.arange(num_columns, device=lengths_B.device) < lengths_B[:, None]
+    padded_BT = values_N.new_full(mask_BT.shape, fill)
+    return padded_BT.masked_scatter(mask_BT, values_N)
+
+
+def packed_logps(policy: nn.Module, packed: Packed, video_embeds: Tensor | None, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (B, num_columns) of packed completions, 0 past their ends; `policy` may be wrapped."""
+    logps_N, entropy_N = policy(packed, video_embeds)
+    return pad_rows(logps_N, packed.lengths_B, num_columns), pad_rows(entropy_N, packed.lengths_B, num_columns)
+
+
+def banned_ids(config, tokenizer) -> Tensor:
+    """Ids that are never sampled: vision placeholders and brackets, and embeddings past the tokenizer."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+    special = {getattr(config, name, None) for name in names}
+    special |= {tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_pad", "image_pad", "video_pad")}
+    ids = {i for i in special if i is not None} | set(range(len(tokenizer), config.text_config.vocab_size))
+    return torch.tensor(sorted(ids))
+
+
+def _stop_ids(generation_config, tokenizer) -> tuple[list[int], int]:
+    eos = generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    pad = generation_config.pad_token_id
+    pad = tokenizer.pad_token_id if pad is None else pad
+    if eos is None or pad is None:
+        raise ValueError("neither generation_config.json nor the tokenizer names an EOS and a pad token")
+    return ([eos] if isinstance(eos, int) else list(eos)), pad
+
+
+def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
+    """Load a Hugging Face folder or hub id, frozen as the config says.
+
+    Raises ValueError in one line for what is missing, unreadable, of another family or short of weights.
+    """
+    try:
+        config = AutoConfig.from_pretrained(cfg.path)
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
+        tokenizer = AutoTokenizer.from_pretrained(cfg.path)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            cfg.path, dtype=getattr(torch, cfg.dtype), attn_implementation="shared_prefix", output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        hint = "; `python tiny.py` writes the embedded default" if not Path(cfg.path).exists() else ""
+        raise ValueError(f"model.path {cfg.path}: {' '.join(str(error).split())[:300]}{hint}") from None
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"model.path {cfg.path}: no weights for {sorted(info['missing_keys'])[:3]} or of another shape")
+    model.set_attn_implementation({"vision_config": "flash_windows"})
+    if cfg.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(model, tokenizer, temperature)
+
+
+def save_model(policy: Policy, folder: str | Path, source: str, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write a Hugging Face folder that `from_pretrained` loads: our weights, every other file carried over from `source`.
+
+    `state_dict` holds the weights of the (unwrapped) Policy when they are sharded; its `model.` prefix is stripped.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if state_dict is not None:
+        state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+    policy.model.save_pretrained(aside, state_dict=state_dict)
+    for file in Path(cached_file(source, "config.json")).parent.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHT_FILES):
+            shutil.copyfile(file, aside / file.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

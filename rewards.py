@@ -1,0 +1,308 @@
+"""Text and target to a reward: answer parsing, temporal IoU and the weighted sum of the parts.
+
+Not a model, a metric (`eval.py`) or a loader: a bad ground truth is rejected when the data is read.
+Everything here is total: any response gives finite numbers in [0, 1] in time linear in its length, without
+`eval`.
+"""
+
+import json
+import math
+import re
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Segment = tuple[float, float]  # (start, end) in seconds, start <= end
+
+PARTS = {"tvg": ("format", "iou"), "mcqa": ("format", "answer"), "gqa": ("format", "answer", "iou")}
+MAX_ANSWER_CHARS = 4000  # a longer answer block is malformed; bounds the number of segments as well
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_TIME_KEYS = (("start_time", "end_time"), ("start", "end"))
+_TIME = r"[0-9:.]+(?: ?s(?:ecs?|econds?)?)?"
+_SPAN = re.compile(rf"({_TIME}) ?(?:to|[-–—]) ?({_TIME})", re.ASCII | re.IGNORECASE)
+_SEPARATOR = re.compile(r" ?[,;] ?(?:and )?| and ", re.ASCII | re.IGNORECASE)
+_SECONDS = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: ?s(?:ecs?|econds?)?)?", re.ASCII | re.IGNORECASE)
+_CLOCK = re.compile(r"(?:([0-9]{1,3}):([0-5][0-9])|([0-9]{1,3})):([0-5][0-9](?:\.[0-9]+)?)", re.ASCII)
+_LETTER_HEAD = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.,:;)]|$))[.,:;)]? ?(.*)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One response's reward: the weighted mean of its parts, and the parts; every number in [0, 1]."""
+
+    total: float
+    parts: dict[str, float]
+
+
+def temporal_iou(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
+    """Intersection over union of two sets of segments in seconds; overlaps within a side count once.
+
+    0.0 when a side is empty or the union has no length. Raises ValueError for a reversed or non-finite
+    segment.
+
+    >>> temporal_iou([(3, 7)], [(5, 9)])  # 2 s of 6 s
+    0.3333333333333333
+    """
+    union_s = _length(_merge([*pred, *truth]))
+    return min(1.0, _overlap(_merge(pred), _merge(truth)) / union_s) if union_s > 0 else 0.0
+
+
+def temporal_iop(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
+    """Intersection over the predicted length, of two sets of segments in seconds.
+
+    A prediction of no length has the share of its points that lie in a true segment, borders included
+    (NExT-GQA's scorer: 1 inside, 0 outside). Raises ValueError for a reversed or non-finite segment.
+
+    >>> temporal_iop([(3, 7)], [(5, 9)]), temporal_iop([(6, 6)], [(5, 9)])
+    (0.5, 1.0)
+    """
+    pred, truth = _merge(pred), _merge(truth)
+    pred_s = _length(pred)
+    if pred_s > 0:
+        return min(1.0, _overlap(pred, truth) / pred_s)
+    inside = [any(start <= point <= end for start, end in truth) for point, _ in pred]
+    return sum(inside) / len(inside) if inside else 0.0
+
+
+def final_text(text: str) -> str:
+    """What follows the last `</think>`, or the whole text when there is none."""
+    return text.rpartition("</think>")[2]
+
+
+def parse_answer(text: str) -> str | None:
+    """Content of the last closed answer block after the thinking, or None.
+
+    >>> parse_answer("<think><answer>A</answer></think><answer>B</answer><answer>C")
+    'B'
+    """
+    text = final_text(text)
+    start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
+    if start < 0:
+        return None
+    start += len("<answer>")
+    return text[start : text.index("</answer>", start)]
+
+
+def parse_choice(text: str, options: Sequence[str] | None) -> str | None:
+    """`choice_from` of the last answer block; None without one."""
+    answer = parse_answer(text)
+    return None if answer is None else choice_from(answer, options)
+
+
+def parse_segments(text: str) -> list[Segment]:
+    """`segments_from` of the last answer block; [] without one."""
+    answer = parse_answer(text)
+    return [] if answer is None else segments_from(answer)
+
+
+def choice_from(answer: str, options: Sequence[str] | None) -> str | None:
+    """The chosen option as an upper-case letter, or None when absent or ambiguous.
+
+    Takes a letter (`b`, `(B)`, `B.`), a letter with its own option's text (`B. a cat`) or with segments
+    (`B, 3 to 7`), an option's text (up to white space, case and a final full stop), or JSON with one of these
+    as "answer". With `options` None any letter is an option. A text that names two options is ambiguous: that
+    of a duplicated option, or a letter that is also another option's text.
+
+    >>> choice_from("(b) 3 to 7", ["a dog", "a cat"]), choice_from("B. a dog", ["a dog", "a cat"])
+    ('B', None)
+    """
+    text = _clean(answer)
+    value = _load_json(text)
+    if isinstance(value, dict):
+        text = _clean(str(value.get("answer") or ""))
+    letters = string.ascii_uppercase[: len(options) if options else None]
+    found = set(_options_with_text(text, options))
+    head = _LETTER_HEAD.fullmatch(text)
+    if head:
+        index, rest = string.ascii_uppercase.index((head[1] or head[2]).upper()), head[3]
+        owners = _options_with_text(rest, options)
+        fits = not rest or index in owners or (not owners and _text_segments(rest))
+        if fits and index < len(letters):
+            found.add(index)
+    index = found.pop() if len(found) == 1 else len(letters)
+    return letters[index] if index < len(letters) else None
+
+
+def segments_from(answer: str) -> list[Segment]:
+    """Segments in seconds, in the order given; [] when there is none or anything in the answer is malformed.
+
+    Takes `3 to 7`, `3 - 7`, several separated by `,` `;` or `and`, times as `3.5`, `10s`, `mm:ss` or
+    `hh:mm:ss`, the same after an option letter (`B, 3 to 7`), and JSON: {"start_time": 3, "end_time": "7"} or
+    start / end, lists of those or of pairs, {"segments": [[3, 7]]}, each with an optional "answer".
+    Malformed: a reversed, negative or non-finite span, an unknown or repeated key. A span without length is
+    taken.
+
+    >>> segments_from("0:03 to 0:07 and 9s - 12s"), segments_from("7 to 3")
+    ([(3.0, 7.0), (9.0, 12.0)], [])
+    """
+    text = _clean(answer)
+    value = _load_json(text)
+    if value is not None:
+        return _json_segments(value)
+    head = _LETTER_HEAD.fullmatch(text)
+    return _text_segments(head[3] if head else text)
+
+
+def score(text: str, sample: Any, cfg: Any) -> Reward:
+    """Reward of one response: sum(weight x part) / sum(weights) over the parts of the sample's task.
+
+    `sample` has `task`, `options`, `answer`, `segments` and `duration` (seconds, or None: spans are not
+    clipped); `cfg` has `prompt.think`, `reward.format_gates_task` and, for each task, weights such as
+    `reward.tvg.iou`, of which at least one counts. Predicted segments are clipped to [0, duration]. With the
+    gate, `format` is 1 only when every part of the answer parses as well, and the task's parts count only
+    then; without it `format` is the layout alone. A truth without length, which the data loader refuses,
+    scores 0.
+    """
+    part_names, weights = PARTS[sample.task], getattr(cfg.reward, sample.task)
+    values = {"format": float(_layout_ok(text, cfg.prompt.think))}
+    parsed = True
+    if "answer" in part_names:
+        choice = parse_choice(text, sample.options)
+        parsed = parsed and choice is not None
+        values["answer"] = float(choice is not None and choice == sample.answer)
+    if "iou" in part_names:
+        segments = parse_segments(text)
+        parsed = parsed and bool(segments)
+        values["iou"] = temporal_iou(_clip(segments, sample.duration), sample.segments)
+    if cfg.reward.format_gates_task and not (parsed and values["format"]):
+        values = dict.fromkeys(part_names, 0.0)
+    weight = {name: getattr(weights, name) for name in part_names}
+    total = sum(weight[name] * values[name] for name in part_names) / sum(weight.values())
+    return Reward(total, values)
+
+
+def format_answer(sample: Any) -> str:
+    """The answer block a perfect response ends with, tags included: the target of supervised tuning.
+
+    Times in seconds with at most two decimals, e.g. `<answer>B, 3 to 7.25, 9 to 12</answer>`.
+    """
+    part_names = PARTS[sample.task]
+    pieces = [sample.answer] if "answer" in part_names else []
+    if "iou" in part_names:
+        pieces += [f"{_decimal(start)} to {_decimal(end)}" for start, end in sample.segments]
+    return f"<answer>{', '.join(pieces)}</answer>"
+
+
+def _merge(segments: Iterable[Segment]) -> list[Segment]:
+    """Sorted, disjoint segments with the same union."""
+    merged: list[Segment] = []
+    for start, end in sorted(map(tuple, segments)):
+        if not -math.inf < start <= end < math.inf:
+            raise ValueError(f"not a segment: ({start}, {end}), expected finite start <= end in seconds")
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _length(merged: list[Segment]) -> float:
+    return sum(end - start for start, end in merged)
+
+
+def _overlap(a: list[Segment], b: list[Segment]) -> float:
+    """Length of the intersection of two merged lists, one pass over both."""
+    total_s, i, j = 0.0, 0, 0
+    while i < len(a) and j < len(b):
+        total_s += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total_s
+
+
+def _clip(segments: list[Segment], duration: float | None) -> list[Segment]:
+    end_s = math.inf if duration is None else duration
+    return [(min(start, end_s), min(end, end_s)) for start, end in segments]  # parsed starts are >= 0
+
+
+def _layout_ok(text: str, think: bool) -> bool:
+    """Exactly one answer block, after exactly one non-empty think block when thinking, and nothing else."""
+    text = text.strip()
+    if [text.count(tag) for tag in _TAGS] != [think, think, 1, 1] or not text.endswith("</answer>"):
+        return False
+    thought = text[: text.index("<answer>")].rstrip()
+    if not think:
+        return not thought
+    return thought.startswith("<think>") and thought.endswith("</think>") and bool(thought[7:-8].strip())
+
+
+def _clean(answer: str) -> str:
+    """Single spaces, no code fence, no final full stop; empty when too long."""
+    text = " ".join(answer.split()) if len(answer) <= MAX_ANSWER_CHARS else ""
+    if len(text) >= 6 and text.startswith("```") and text.endswith("```"):
+        text = text[3:-3].removeprefix("json").strip()
+    return text.removesuffix(".")
+
+
+def _load_json(text: str) -> Any:
+    """Parsed JSON object or list, every number a float; None for anything else."""
+    if not text.startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(text, parse_int=float, parse_float=float, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("repeated key")
+    return dict(pairs)
+
+
+def _options_with_text(text: str, options: Sequence[str] | None) -> list[int]:
+    """Indices of the options with this text; case counts only where it decides."""
+    texts = [_clean(option) for option in options or ()]
+    exact = [index for index, option in enumerate(texts) if option == text != ""]
+    folded = text.casefold()
+    return exact or [index for index, option in enumerate(texts) if option.casefold() == folded != ""]
+
+
+def _text_segments(text: str) -> list[Segment]:
+    spans = [_SPAN.fullmatch(piece) for piece in _SEPARATOR.split(text)]
+    return _all_or_none([_segment(span[1], span[2]) if span else None for span in spans])
+
+
+def _json_segments(value: Any) -> list[Segment]:
+    if isinstance(value, dict):
+        fields = {key: item for key, item in value.items() if key != "answer"}
+        value = fields["segments"] if set(fields) == {"segments"} else [fields]
+    if not isinstance(value, list):
+        return []
+    is_pair = len(value) == 2 and not any(isinstance(item, list | dict) for item in value)
+    return _all_or_none([_json_segment(item) for item in ([value] if is_pair else value)])
+
+
+def _json_segment(item: Any) -> Segment | None:
+    if isinstance(item, dict):
+        item = next(([item[a], item[b]] for a, b in _TIME_KEYS if set(item) == {a, b}), None)
+    return _segment(*item) if isinstance(item, list) and len(item) == 2 else None
+
+
+def _segment(start: Any, end: Any) -> Segment | None:
+    start_s, end_s = _seconds(start), _seconds(end)
+    return None if start_s is None or end_s is None or start_s > end_s else (start_s, end_s)
+
+
+def _seconds(value: Any) -> float | None:
+    """A finite, non-negative time in seconds from a float or from `3.5`, `10s`, `mm:ss` or `hh:mm:ss`."""
+    if isinstance(value, str):
+        plain, clock = _SECONDS.fullmatch(value.strip()), _CLOCK.fullmatch(value.strip())
+        if clock:
+            hours, minutes = clock[1] or 0, clock[2] or clock[3]
+            value = 3600 * int(hours) + 60 * int(minutes) + float(clock[4])
+        else:
+            value = float(plain[1]) if plain else None
+    return value if isinstance(value, float) and 0 <= value < math.inf else None
+
+
+def _all_or_none(segments: list[Segment | None]) -> list[Segment]:
+    return [] if None in segments else [segment for segment in segments if segment]
+
+
+def _decimal(seconds: float) -> str:
+    return f"{seconds:.2f}".rstrip("0").rstrip(".")

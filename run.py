@@ -1,0 +1,284 @@
+"""A run and its folder: processes and seeds, environment, metrics, samples, checkpoints, resume.
+
+Not a trainer: it holds no loop and knows no model. The folder has config.yaml and env.json (written first),
+metrics.jsonl (one row per step, the truth; trackers mirror it), samples.jsonl, checkpoints/, best/ and final/.
+"""
+
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "decord2", "decord", "av", "numpy", "tokenizers")
+DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a user can mend (a config key, a path, a record) ends the program with one line, not a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+class Run:
+    """The folder of one run, and the processes that share it."""
+
+    def __init__(self, dir: str, config_yaml: str, seed: int, tracker: str, resume: bool, keep: int):
+        self.dir, self.keep = Path(dir), keep
+        self.accelerator = Accelerator(log_with=None if tracker == "none" else tracker, project_dir=dir)
+        self.checkpoint: Path | None = None
+        self.start_step, self.state = 0, {}
+        self._raise_together(lambda: self._open(config_yaml, resume))
+        self.checkpoint, self.start_step, self.state = self._broadcast((self.checkpoint, self.start_step, self.state))
+        set_seed(seed)
+        if tracker != "none":
+            self.accelerator.init_trackers("tensorboard")
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _broadcast(self, value):
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def _raise_together(self, action: Callable[[], None]) -> None:
+        """Run `action` on the main process; what it raises is raised on all."""
+        error = None
+        if self.is_main:
+            try:
+                action()
+            except (ValueError, OSError) as caught:
+                error = caught
+        error = self._broadcast(error)
+        if error is not None:
+            raise error
+
+    def _open(self, config_yaml: str, resume: bool) -> None:
+        if resume:
+            self._check_same_config(config_yaml)
+            self.checkpoint = newest_checkpoint(self.dir)
+            if self.checkpoint is None:
+                raise ValueError(f"--resume: no complete checkpoint in {self.dir / 'checkpoints'}")
+            saved = json.loads((self.checkpoint / "run.json").read_text())
+            self.start_step, self.state = saved["step"], saved["state"]
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                cut_back(self.dir / name, self.start_step)
+        elif self.dir.exists() and any(self.dir.iterdir()):
+            raise FileExistsError(f"run.dir {self.dir} exists; give --resume to go on, or another run.dir")
+        else:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "config.yaml").write_text(config_yaml)
+            (self.dir / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+
+    def _check_same_config(self, config_yaml: str) -> None:
+        path = self.dir / "config.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"--resume: {path} not found")
+        old, new = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(config_yaml))
+        differing = sorted(k for k in old.keys() | new.keys() if k != "run.steps" and old.get(k) != new.get(k))
+        if differing:
+            pairs = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differing)
+            raise ValueError(f"--resume: {path} differs in {pairs}")
+        path.write_text(config_yaml)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one row to metrics.jsonl and hand it to the tracker. Main process only acts."""
+        if self.is_main:
+            with open(self.dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.accelerator.log(metrics, step=step)
+
+    def log_samples(self, rows: Sequence[dict]) -> None:
+        """Append the rows of all processes, in rank order, to samples.jsonl."""
+        rows = gather_object(list(rows))
+        if self.is_main:
+            with open(self.dir / "samples.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def sums(self, values: dict[str, float]) -> dict[str, float]:
+        """The same numbers summed over all processes; every process must bring the same keys."""
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.reduce(tensor, "sum").tolist(), strict=True))
+
+    def maximum(self, value: float) -> float:
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.gather(tensor).max().item()
+
+    def save_checkpoint(self, step: int, state: dict) -> None:
+        """Weights, optimizer and random states after `step` steps, written aside and renamed when complete."""
+        folder = self.dir / "checkpoints" / f"step_{step:06d}"
+        aside = folder.with_name(f"tmp_{step:06d}")
+        if self.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(aside))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            (aside / "run.json").write_text(json.dumps({"step": step, "state": state}))
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            for old in sorted(folder.parent.glob("step_*"))[: -self.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load_checkpoint(self) -> None:
+        """Bring prepared model, optimizer and random states back to `start_step`; call after `prepare`."""
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint))
+
+    def backward(self, model, micro_batches: Sequence, loss_of: Callable) -> None:
+        """Gradients of the sum of `loss_of(micro_batch)`; each is already divided by the step's denominator.
+
+        The number of passes is the largest of all processes: one that has run out repeats its first micro-batch with
+        weight 0, so that every collective call finds its partners. Engines average over processes; we want the sum.
+        """
+        num, world = int(self.maximum(len(micro_batches))), self.accelerator.num_processes
+        for i in range(num):
+            last = i == num - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reduces and steps at the last one
+            delay = self.accelerator.distributed_type in DDP and not last
+            with model.no_sync() if delay else nullcontext():
+                loss = loss_of(micro_batches[i if i < len(micro_batches) else 0])
+                self.accelerator.backward(loss * world if i < len(micro_batches) else loss * 0.0)
+
+    def step(self, model, optimizer, grad_clip: float) -> float:
+        """Clip, step and clear; returns the gradient norm before clipping."""
+        norm = self.accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(norm if norm is not None else model.get_global_grad_norm())
+
+    def finish(self) -> None:
+        self.accelerator.end_training()
+
+
+class Clock:
+    """Seconds spent per phase of a step.
+
+    >>> clock = Clock()
+    >>> with clock("update"):
+    ...     pass
+    >>> list(clock.times()), clock.times()
+    (['time/update'], {})
+    """
+
+    def __init__(self):
+        self.seconds = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[f"time/{phase}"] += time.perf_counter() - start
+
+    def times(self) -> dict[str, float]:
+        """The seconds since the last call, and start again."""
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return seconds
+
+
+def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.AdamW:
+    """AdamW on what is trained; matrices decay, vectors (norms, biases) do not. `cfg` is the section `optim`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+
+
+def set_learning_rate(optimizer, step: int, steps: int, cfg) -> float:
+    """Set and return the learning rate of step `step` (from 0): linear warm-up, then constant or cosine to 0.
+
+    A pure function of the step, so that resuming needs no scheduler state. `cfg` is the section `optim`.
+    """
+    scale = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
+    if cfg.schedule == "cosine":
+        done = max(0, step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
+        scale *= 0.5 * (1 + math.cos(math.pi * done))
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.lr * scale
+    return cfg.lr * scale
+
+
+def local_slice(batch: Sequence, accelerator: Accelerator) -> Sequence:
+    """This process's share of a global batch; raises ValueError when it does not divide."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if len(batch) % world:
+        raise ValueError(f"data.batch_size {len(batch)} does not divide by the {world} processes")
+    size = len(batch) // world
+    return batch[rank * size : (rank + 1) * size]
+
+
+def newest_checkpoint(dir: str | Path) -> Path | None:
+    complete = [path for path in sorted(Path(dir, "checkpoints").glob("step_*")) if (path / "run.json").is_file()]
+    return complete[-1] if complete else None
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the rows of a .jsonl that were written after `step` steps (rows count steps from 1), and a torn last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def environment() -> dict:
+    """Versions, commit and uncommitted changes, devices: what a number needs beside it to be trusted."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": packages,
+        "devices": devices or [f"cpu, {torch.get_num_threads()} threads"],
+        "commit": _git("rev-parse", "HEAD"),
+        "diff": _git("diff", "HEAD"),
+    }
+
+
+def _git(*args: str) -> str | None:
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

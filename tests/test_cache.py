@@ -1,0 +1,101 @@
+"""Frame cache: exact round trips, damage as a miss, eviction by last use, several processes."""
+
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache import FrameCache, file_key
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (8, 3, 56, 56), dtype=np.uint8)
+TIMES = np.linspace(0, 3.5, 8)
+
+
+def value_files(directory: Path) -> list[Path]:
+    return list(directory.rglob("*.val"))
+
+
+def write_and_read(cache: FrameCache, index: int) -> bool:
+    """Run in another process: see the parent's entry, add one."""
+    cache.put(f"child{index}", FRAMES + np.uint8(index))
+    return np.array_equal(cache.get("parent")[0], FRAMES)
+
+
+def test_round_trip_keeps_values_dtypes_and_order(tmp_path):
+    cache = FrameCache(tmp_path, 0.1)
+    cache.put("a", FRAMES, TIMES, np.array(3))
+    frames, times, count = cache.get("a")
+    assert (frames.dtype, times.dtype, count.shape) == (np.uint8, np.float64, ())
+    assert np.array_equal(frames, FRAMES) and np.array_equal(times, TIMES) and count == 3
+    assert cache.get("b") is None
+
+
+def test_put_replaces(tmp_path):
+    cache = FrameCache(tmp_path, 0.1)
+    cache.put("a", FRAMES)
+    cache.put("a", TIMES)
+    (array,) = cache.get("a")
+    assert np.array_equal(array, TIMES)
+
+
+def test_objects_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Object arrays"):
+        FrameCache(tmp_path, 0.1).put("a", np.array([{}], dtype=object))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "missing"])
+def test_damaged_entry_is_a_miss_and_can_be_rebuilt(tmp_path, damage):
+    cache = FrameCache(tmp_path, 0.1)
+    cache.put("a", FRAMES, TIMES)
+    (file,) = value_files(tmp_path)
+    content = file.read_bytes()
+    changed = {"cut": content[:-64], "empty": b"", "flip": content[:-1] + bytes([content[-1] ^ 1])}
+    file.unlink() if damage == "missing" else file.write_bytes(changed[damage])
+    assert cache.get("a") is None
+    cache.put("a", FRAMES, TIMES)
+    assert np.array_equal(cache.get("a")[0], FRAMES)
+
+
+def test_the_least_recently_used_leave_at_the_cap(tmp_path):
+    cache = FrameCache(tmp_path, 40 * FRAMES.nbytes / 2**30)
+    cache.put("used", FRAMES)
+    for index in range(100):
+        cache.put(str(index), FRAMES)
+        assert cache.get("used") is not None
+    assert cache.get("0") is None and cache.get("99") is not None
+    assert sum(file.stat().st_size for file in value_files(tmp_path)) <= 41 * FRAMES.nbytes
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_shared_by_processes(tmp_path, method):
+    cache = FrameCache(tmp_path, 0.1)
+    cache.put("parent", FRAMES)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert all(pool.starmap(write_and_read, [(cache, index) for index in range(8)]))
+    assert all(np.array_equal(cache.get(f"child{i}")[0], FRAMES + np.uint8(i)) for i in range(8))
+
+
+def test_pickled_cache_reads_the_same_folder(tmp_path):
+    cache = FrameCache(tmp_path, 0.1)
+    cache.put("a", FRAMES)
+    assert np.array_equal(pickle.loads(pickle.dumps(cache)).get("a")[0], FRAMES)
+
+
+def test_key_follows_file_and_parts(tmp_path, monkeypatch):
+    file = tmp_path / "a.mp4"
+    file.write_bytes(b"12")
+    monkeypatch.chdir(tmp_path)
+    key = file_key(file, 2.0, (1, 2))
+    assert key == file_key("a.mp4", 2.0, (1, 2)), "the same file by another path"
+    others = [file_key(file), file_key(file, 2.0, (1, 3)), file_key(file, 3.0, (1, 2))]
+    os.utime(file, ns=(0, 1))
+    others.append(file_key(file, 2.0, (1, 2)))
+    file.write_bytes(b"123")
+    os.utime(file, ns=(0, 1))
+    others.append(file_key(file, 2.0, (1, 2)))
+    assert len({key, *others}) == 6
+    with pytest.raises(FileNotFoundError):
+        file_key(tmp_path / "b.mp4")

@@ -1,0 +1,87 @@
+"""The supervised baseline: the same data, prompts, model and run folder as GRPO, and one loss.
+
+    python train_sft.py --config configs/tiny_sft.yaml optim.lr=1e-3
+
+The loss is the mean negative log-prob of the target's tokens (the answer block and EOS) over the whole step.
+"""
+
+from tqdm import tqdm
+
+import config
+from config import SftConfig
+from data import Prompt, Sample, batch_indices, make_builder, read_samples
+from eval import Validator
+from policy import load_policy, pack, save_model
+from rewards import format_answer
+from run import Clock, Run, local_slice, make_optimizer, set_learning_rate, user_errors
+
+
+def target_text(sample: Sample, think: bool) -> str:
+    """The response to imitate: the record's own, or the right answer in its block."""
+    if sample.response is not None:
+        return sample.response
+    if think:
+        raise ValueError(f"sample {sample.id}: prompt.think=true needs a `response` to imitate; records have none")
+    return format_answer(sample)
+
+
+def target_ids(prompts: list[Prompt], policy, think: bool) -> list[list[list[int]]]:
+    """One completion per prompt, EOS at its end: P lists of one list of token ids."""
+    texts = [target_text(prompt.sample, think) for prompt in prompts]
+    return [[policy.tokenizer(text, add_special_tokens=False).input_ids + policy.eos_ids[:1]] for text in texts]
+
+
+def train(cfg: SftConfig, resume: bool = False) -> Run:
+    with user_errors():
+        run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
+        samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed)
+        for sample in samples:
+            target_text(sample, cfg.prompt.think)
+        raw = load_policy(cfg.model).to(run.accelerator.device)
+        local_slice(range(cfg.data.batch_size), run.accelerator)
+        builder = make_builder(cfg, raw.tokenizer)
+        validator = Validator(cfg, builder, run)
+    policy, optimizer = run.accelerator.prepare(raw, make_optimizer(raw, cfg.optim))
+    run.load_checkpoint()
+    clock = Clock()
+    for step in tqdm(range(run.start_step, cfg.run.steps), desc="sft", disable=not run.is_main):
+        with clock("step"):
+            lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
+            with clock("data"):
+                indices = batch_indices(len(samples), cfg.data.batch_size, step, cfg.run.seed)
+                prompts = builder.many([samples[i] for i in local_slice(indices, run.accelerator)])
+                targets = target_ids(prompts, raw, cfg.prompt.think)
+            num_tokens = run.sums({"tokens": sum(len(group[0]) for group in targets)})["tokens"]
+            with clock("update"):
+                policy.train()
+                losses = []
+
+                def loss_of(rows: slice) -> object:
+                    packed = pack(prompts[rows], targets[rows], raw.model.config, raw.device)
+                    loss = -policy(packed)[0].sum() / num_tokens
+                    losses.append(loss.item())
+                    return loss
+
+                size = cfg.data.micro_batch_size
+                run.backward(policy, [slice(i, i + size) for i in range(0, len(prompts), size)], loss_of)
+                grad_norm = run.step(policy, optimizer, cfg.optim.grad_clip)
+        loss = run.sums({"loss": sum(losses)})["loss"]
+        metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens/targets": num_tokens}
+        metrics |= validator(step + 1, raw) | clock.times()
+        run.log(step + 1, metrics)
+        if (step + 1) % cfg.run.save_every == 0 or step + 1 == cfg.run.steps:
+            run.save_checkpoint(step + 1, validator.state)
+    if run.is_main:
+        save_model(raw, run.dir / "final", cfg.model.path)
+    run.finish()
+    return run
+
+
+def main(argv: list[str] | None = None) -> Run:
+    with user_errors():
+        cfg, resume = config.from_command_line(SftConfig, argv, __doc__)
+    return train(cfg, resume)
+
+
+if __name__ == "__main__":
+    main()
