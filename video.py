@@ -28,7 +28,6 @@ decord.logging.set_level(decord.logging.QUIET)
 av.logging.set_level(av.logging.PANIC)
 
 Clip = tuple[float, float]  # start and end in seconds
-MAX_ASPECT_RATIO = 200
 SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # FFmpeg's names of what decord can seek in
 CHUNK_FRAMES = 16  # frames decoded before they are resized: bounds memory on long high-resolution files
 
@@ -142,8 +141,8 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
     >>> smart_resize(240, 426, 28, 3136, 50176)
     (168, 280)
     """
-    if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"frames of {height}x{width}: the aspect ratio must be at most {MAX_ASPECT_RATIO}")
+    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
+        raise ValueError(f"frames of {height}x{width}: the aspect ratio must be at most 200")
     if max_pixels < min_pixels:
         raise ValueError(f"max_pixels={max_pixels} is below min_pixels={min_pixels}")
     sides = [max(factor, round(side / factor) * factor) for side in (height, width)]
