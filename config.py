@@ -122,6 +122,7 @@ class LossConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 1e-6  # AdamW learning rate
+    muon_lr: float = 0.0  # above 0: matrices but embeddings go to torch.optim.Muon at this rate (training from scratch)
     weight_decay: float = 0.01  # AdamW, decoupled
     beta1: float = 0.9  # AdamW
     beta2: float = 0.999  # AdamW
@@ -233,18 +234,19 @@ def load(config_class: type[ConfigT], paths: list[str] = (), overrides: list[str
     for path in paths:
         merged = OmegaConf.merge(merged, _read_yaml(config_class, path))
     for override in overrides:
-        if "=" not in override:
+        key, equals, value = override.partition("=")
+        if not equals:
             raise ValueError(f"override {override!r} is not of the form section.key=value")
         try:
-            layer = OmegaConf.from_dotlist([override])
+            layer = OmegaConf.from_dotlist([f"{key}={value or repr('')}"])  # a shell makes `key=` of `key=''`
         except (OmegaConfBaseException, YAMLError) as error:
-            raise ValueError(f"override {override!r}: {error}") from None
+            raise ValueError(f"override {override!r}: {' '.join(str(error).split())}") from None
         _check_keys(config_class, OmegaConf.to_container(layer), "", f"override {override!r}")
         merged = OmegaConf.merge(merged, layer)
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{', '.join(paths)}: {error}") from None
+        raise ValueError(f"{', '.join([*paths, *overrides])}: {' '.join(str(error).split())}") from None
     return _build(config_class, values, "")
 
 

@@ -97,10 +97,14 @@ def _data_sets(path: Path) -> list[dict]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected a list under the key datasets")
     for i, entry in enumerate(entries):
-        unknown = set(entry) - {"json_path", "data_folder", "sampling_strategy"} if isinstance(entry, dict) else entry
-        missing = {"json_path", "data_folder"} - set(entry) if isinstance(entry, dict) else ()
-        if unknown or missing:
-            raise ValueError(f"{path}: datasets[{i}]: " + (f"unknown {unknown}" if unknown else f"missing {missing}"))
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: datasets[{i}]: expected json_path and data_folder, got {entry!r}")
+        for key in ("json_path", "data_folder"):
+            if not isinstance(entry.get(key), str):
+                raise ValueError(f"{path}: datasets[{i}]: {key} is missing or not a text")
+        unknown = entry.keys() - {"json_path", "data_folder", "sampling_strategy"}
+        if unknown:
+            raise ValueError(f"{path}: datasets[{i}]: unknown key {min(map(str, unknown))}")
     return entries
 
 
@@ -111,7 +115,7 @@ def _subset(samples: list[Sample], strategy: str, where: str, seed: int) -> list
         return samples
     try:
         num = math.ceil(len(samples) * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
-    except ValueError:
+    except (ValueError, OverflowError):
         num = -1
     if kind not in ("first", "end", "random") or num < 0:
         raise ValueError(f"{where}: sampling_strategy {strategy!r} is not all, first:N, end:N or random:N (N or N%)")
@@ -149,7 +153,10 @@ def _read_file(path: Path, folder: Path, out_of_clip: str) -> list[Sample]:
 
 def _rows(path: Path) -> list[tuple[int, dict]]:
     """(row number from 1, record) of a .jsonl or of a .json list."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
     if path.suffix == ".json":
         try:
             records = json.loads(text)
@@ -160,7 +167,7 @@ def _rows(path: Path) -> list[tuple[int, dict]]:
         numbered = list(enumerate(records, 1))
     else:
         numbered = []
-        for i, line in enumerate(text.splitlines(), 1):
+        for i, line in enumerate(text.split("\n"), 1):  # not splitlines: a question may hold U+2028
             if not line.strip():
                 continue
             try:
@@ -212,6 +219,8 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     duration = record.get("duration", clip[1] - clip[0] if clip else None)
     if duration is not None and (not _is_number(duration) or duration <= 0):
         raise BadRecord(f"duration must be seconds above 0, got {duration!r}")
+    if not isinstance(record.get("response"), str | None):
+        raise BadRecord(f"response must be a text, got {record['response']!r}")
     options, answer = _options(record) if task != "tvg" else (None, None)
     segments, outside = _segments(record, duration) if task != "mcqa" else (None, False)
     sample = Sample(

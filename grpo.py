@@ -24,8 +24,9 @@ def group_advantages(rewards_PG: Tensor, eps: float = 1e-6) -> Tensor:
     >>> group_advantages(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), eps=0.0).nan_to_num().tolist()
     [[-0.7071067690849304, 0.7071067690849304], [0.0, 0.0]]
     """
-    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
-    return centred_PG / (rewards_PG.std(1, keepdim=True) + eps)
+    shifted_PG = rewards_PG - rewards_PG[:, :1]  # exactly 0 in a dead group, where the mean of equal rewards may be off
+    centred_PG = shifted_PG - shifted_PG.mean(1, keepdim=True)
+    return centred_PG / (shifted_PG.std(1, keepdim=True) + eps)
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3", clamp: float = 10.0) -> Tensor:

@@ -197,14 +197,49 @@ class Clock:
         return seconds
 
 
-def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.AdamW:
-    """AdamW on what is trained; matrices decay, vectors (norms, biases) do not. `cfg` is the section `optim`."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon on some parameters and AdamW on the others, behind one optimizer."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        super().__init__([p for part in (muon, adamw) for group in part.param_groups for p in group["params"]], {})
+        self.parts = {"muon": muon, "adamw": adamw}
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self, closure=None) -> None:
+        for part in self.parts.values():
+            part.step()
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state_dict[name])
+        self._share_groups()
+
+
+def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
+    """AdamW on what is trained; matrices decay, vectors (norms, biases) do not. `cfg` is the section `optim`.
+
+    With `cfg.muon_lr` the two-dimensional weights of layers, not the embeddings, go to Muon instead.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    is_muon = {name: cfg.muon_lr > 0 and p.ndim == 2 and "embed_tokens" not in name for name, p in trained}
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for n, p in trained if p.ndim >= 2 and not is_muon[n]], "weight_decay": cfg.weight_decay},
+        {"params": [p for n, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+    if not cfg.muon_lr:
+        return adamw
+    matrices = [{"params": [p for n, p in trained if is_muon[n]], "base_lr": cfg.muon_lr}]
+    muon = torch.optim.Muon(
+        matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return MuonAdamW(muon, adamw)
 
 
 def set_learning_rate(optimizer, step: int, steps: int, cfg) -> float:
@@ -217,7 +252,7 @@ def set_learning_rate(optimizer, step: int, steps: int, cfg) -> float:
         done = max(0, step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
         scale *= 0.5 * (1 + math.cos(math.pi * done))
     for group in optimizer.param_groups:
-        group["lr"] = cfg.lr * scale
+        group["lr"] = group.get("base_lr", cfg.lr) * scale
     return cfg.lr * scale
 
 
@@ -240,14 +275,14 @@ def cut_back(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().split(b"\n"):  # not splitlines: a completion may hold U+2028
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # torn, maybe within a character; or nothing, after the last line end
             break
         if row["step"] <= step:
-            kept.append(line)
-    path.write_text("".join(kept), encoding="utf-8")
+            kept.append(line + b"\n")
+    path.write_bytes(b"".join(kept))
 
 
 def environment() -> dict:

@@ -20,10 +20,10 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 1  # raise it when the written files change: an older world is then rebuilt
+VERSION = 2  # raise it when the written files change: an older world is then rebuilt
 WORKERS, PARALLEL_FROM = 2, 100  # processes that encode clips, where there are at least so many
 SPLITS = ("base", "train", "validation", "test", "ood")  # the index is part of every seed: only append
-NUM_CLIPS = {"full": (1000, 600, 60, 200, 150), "small": (8, 8, 4, 8, 4)}  # of each split
+NUM_CLIPS = {"full": (1000, 600, 60, 240, 240), "small": (8, 8, 4, 8, 4)}  # of each split
 TASKS = ("tvg", "mcqa", "gqa")
 RATES = (6, 8, 10, 12)  # frames per second
 COLOURS = {"red": (225, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 235), "yellow": (235, 215, 50)}
@@ -90,28 +90,31 @@ class Clip:
     events: list[Event]
 
 
-def draw_spans(rng: np.random.Generator, duration: int) -> list[tuple[int, int]]:
-    """Two spans of 2 to 8 whole seconds in the clip that start at least 2 s apart, the earlier one first."""
-    lengths = rng.integers(2, min(8, duration - 2) + 1, size=2)
+def draw_spans(rng: np.random.Generator, duration: int, num: int) -> list[tuple[int, int]]:
+    """One or two spans of 2 to 8 whole seconds in the clip, starting at least 2 s apart, the earlier one first."""
+    lengths = rng.integers(2, min(8, duration - 2) + 1, size=num)
     while True:
         starts = rng.integers(0, duration - lengths + 1)
-        if abs(starts[0] - starts[1]) >= 2:
+        if abs(starts[0] - starts[-1]) >= 2 or num == 1:
             return sorted((int(start), int(start + length)) for start, length in zip(starts, lengths))
 
 
 def draw_clip(seed: int, split: str, index: int) -> Clip:
-    """Clip `index` of a split, a function of its arguments alone; colours are balanced over every 4 clips."""
+    """Clip `index` of a split, a function of its arguments alone.
+
+    Four clips with one event, four with two, and so on; colours are balanced over every four.
+    """
     clip_seed = (seed, SPLITS.index(split), index)
     rng = np.random.default_rng(clip_seed)
     ood = split == "ood"
     duration = int(rng.integers(24, 37) if ood else rng.integers(8, 25))
-    size = np.array(((84, 56), (56, 84))[rng.integers(2)] if ood else (56, 56))
-    half = size // ((1, 2), (2, 1))[rng.integers(2)]  # each shape keeps to its own half of the frame
-    colours = index % 4, (index % 4 + 1 + index // 4 % 3) % 4
+    size = np.array(((84, 28), (28, 56))[rng.integers(2)] if ood else (56, 28))
+    half = size // ((2, 1) if size[0] > size[1] else (1, 2))  # each shape keeps to its own half of the frame
+    colours = (index % 4, (index % 4 + 1 + index // 8 % 3) % 4)[: 1 + index // 4 % 2]
     corners = rng.permutation([(0, 0), size - half])
     events = []
-    for colour, corner, span in zip(colours, corners, draw_spans(rng, duration)):
-        radius = rng.uniform(11.0, 13.5)
+    for colour, corner, span in zip(colours, corners, draw_spans(rng, duration, len(colours))):
+        radius = rng.uniform(9.0, 12.5)
         centres = rng.uniform(corner + radius, corner + half - radius, size=(2, 2))
         events.append(Event(OPTIONS[colour], str(rng.choice(SHAPES)), radius, *span, *centres))
     fps = int(rng.choice(RATES))
@@ -197,10 +200,14 @@ def coarse_span(rng: np.random.Generator, event: Event, duration: int) -> list[i
 
 
 def clip_records(clip: Clip, tasks: tuple[str, ...], coarse: bool = False) -> list[dict]:
-    """Two questions per task about a clip, without ids; spans in seconds, true or coarse."""
+    """One question per task and event of a clip, without ids; spans in seconds, true or coarse.
+
+    A lone event is the first and the last to appear: it is asked for as either.
+    """
     rng = np.random.default_rng((*clip.seed, 2))
     records = []
-    for task, (event, place) in product(tasks, zip(clip.events, ("first", "last"))):
+    places = ("first", "last") if len(clip.events) == 2 else (str(rng.choice(["first", "last"])),)
+    for task, (event, place) in product(tasks, zip(clip.events, places)):
         question = {
             "tvg": f"When is the {event.colour} {event.shape} visible?",
             "mcqa": f"Which colour appears {place}?",

@@ -1,0 +1,255 @@
+"""Defaults < YAML < overrides, and an error that names file, key and the nearest valid key for all that is wrong."""
+
+import dataclasses
+import re
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import REPO
+
+import config
+import data
+from config import EvalRunConfig, GrpoConfig, SftConfig, load, to_yaml
+
+CONFIGS = sorted(REPO.glob("configs/*.yaml"))
+LAUNCHERS = sorted(REPO.glob("configs/accelerate/*.yaml"))
+DATA_SETS = sorted(REPO.glob("configs/data/*.yaml"))
+
+
+def write(path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def message_of(*args) -> str:
+    """The one line that `load` ends with."""
+    with pytest.raises(ValueError) as raised:
+        load(GrpoConfig, *args)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# ---- layers --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_then_yaml_then_overrides(tmp_path):
+    path = write(tmp_path / "a.yaml", "run: {seed: 1, steps: 7}\nloss: {beta: 0.5}\n")
+    assert load(GrpoConfig) == GrpoConfig()
+    cfg = load(GrpoConfig, [path], ["run.seed=2"])
+    assert (cfg.run.seed, cfg.run.steps, cfg.loss.beta) == (2, 7, 0.5)
+    assert cfg.loss == dataclasses.replace(GrpoConfig().loss, beta=0.5)
+    assert cfg.optim == GrpoConfig().optim
+
+
+def test_later_files_and_later_overrides_win(tmp_path):
+    a = write(tmp_path / "a.yaml", "run: {seed: 1, steps: 7}\n")
+    b = write(tmp_path / "b.yaml", "run: {seed: 2}\n")
+    assert (load(GrpoConfig, [a, b]).run.seed, load(GrpoConfig, [b, a]).run.seed) == (2, 1)
+    assert load(GrpoConfig, [a, b]).run.steps == 7
+    assert load(GrpoConfig, [a], ["run.seed=3", "run.seed=4"]).run.seed == 4
+
+
+def test_a_section_of_a_section_keeps_its_other_defaults():
+    reward = load(GrpoConfig, [], ["reward.tvg.iou=2"]).reward
+    assert dataclasses.astuple(reward.tvg) == (0.5, 0.0, 2.0)
+    assert reward.gqa == GrpoConfig().reward.gqa
+
+
+def test_defaults_of_a_whole_configuration_survive_a_file(tmp_path):
+    """The run folder of supervised tuning is not the section's own default."""
+    path = write(tmp_path / "a.yaml", "run: {steps: 7}\n")
+    assert load(SftConfig, [path]).run == config.RunConfig(dir="runs/sft", steps=7)
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert load(GrpoConfig, [write(tmp_path / "a.yaml", "# nothing yet\n")]) == GrpoConfig()
+
+
+@pytest.mark.parametrize("config_class", [GrpoConfig, SftConfig, EvalRunConfig])
+def test_to_yaml_comes_back_equal(config_class, tmp_path):
+    overrides = ["run.seed=5", "run.dir='a: b # c'", 'prompt.tvg="{question}\\n\\"two\\" lines"', "video.fps=0.1"]
+    for cfg in (config_class(), load(config_class, [], overrides)):
+        assert load(config_class, [write(tmp_path / "c.yaml", to_yaml(cfg))]) == cfg
+    assert cfg.prompt.tvg == '{question}\n"two" lines' and cfg.run.dir == "a: b # c"
+
+
+def test_values_keep_their_text():
+    """An equals sign in a value, an empty value (what a shell makes of `key=''`), and a number in both notations."""
+    overrides = ["run.dir=a=b", "data.validation=", "prompt.system_plain=''", "optim.lr=1e-3", "loss.beta=1.0e-3"]
+    cfg = load(GrpoConfig, [], overrides)
+    assert (cfg.run.dir, cfg.data.validation, cfg.prompt.system_plain) == ("a=b", "", "")
+    assert cfg.optim.lr == cfg.loss.beta == 0.001
+
+
+def test_a_whole_number_is_a_float_where_one_is_asked_for():
+    beta = load(GrpoConfig, [], ["loss.beta=0"]).loss.beta
+    assert type(beta) is float and beta == 0.0
+
+
+def test_interpolation_is_resolved_and_checked(tmp_path):
+    path = write(tmp_path / "a.yaml", "run: {seed: 3, dir: 'runs/${run.seed}'}\neval: {batch_size: '${run.seed}'}\n")
+    cfg = load(GrpoConfig, [path])
+    assert cfg.run.dir == "runs/3" and cfg.eval.batch_size == 3
+    assert "eval.batch_size must be int" in message_of([path], ["run.seed=0", "eval.batch_size=${run.dir}"])
+    assert message_of([path], ["run.dir=${nowhere.at_all}"]).startswith(f"{path}, run.dir=${{nowhere.at_all}}: ")
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GrpoConfig().run.seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GrpoConfig().run = config.RunConfig()
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("los.beta", "did you mean loss?"),
+        ("loss.betta", "did you mean loss.beta?"),
+        ("reward.tvgg.iou", "did you mean reward.tvg?"),
+        ("reward.tvg.iuo", "did you mean reward.tvg.iou?"),
+        ("rollout.max_tokens", "did you mean rollout.max_new_tokens?"),
+        ("optim.zzzz", "valid are optim.lr, optim.weight_decay"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(tmp_path, key, nearest):
+    parts = key.split(".")
+    path = write(tmp_path / "a.yaml", "{" + ": {".join(parts) + ": 1" + "}" * len(parts) + "\n")
+    unknown = key if key not in ("los.beta", "reward.tvgg.iou") else key.rpartition(".")[0]
+    for message, source in (
+        (message_of([path]), path),
+        (message_of([], [f"{key}=1"]), f"override '{key}=1'"),
+    ):
+        assert message.startswith(f"{source}: unknown key {unknown};") and nearest in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("model.freeze_vision", "1", "must be bool, got 1 (int)"),
+        ("model.freeze_vision", "-7", "must be bool, got -7 (int)"),
+        ("model.freeze_vision", "'yes'", "must be bool, got 'yes' (str)"),
+        ("run.dir", "-7", "must be str, got -7 (int)"),
+        ("run.dir", "true", "must be str, got True (bool)"),
+        ("run.dir", "null", "must be str, got None (NoneType)"),
+        ("run.steps", "2.0", "must be int, got 2.0 (float)"),
+        ("run.steps", "true", "must be int, got True (bool)"),
+        ("run.steps", "'2'", "must be int, got '2' (str)"),
+        ("run.steps", "[1, 2]", "must be int, got [1, 2] (list)"),
+        ("run.steps", "{a: 1}", "must be int, got {'a': 1} (dict)"),
+        ("loss.beta", "'0.1'", "must be float, got '0.1' (str)"),
+        ("loss.beta", "true", "must be float, got True (bool)"),
+        ("loss.beta", "nan", "must be float, got 'nan' (str)"),
+        ("loss.beta", ".nan", "must be finite, got nan"),
+        ("loss.beta", ".inf", "must be finite, got inf"),
+        ("loss.beta", "-.inf", "must be finite, got -inf"),
+        ("data.out_of_clip", "clip", "must be one of clamp, drop, error, got 'clip'"),
+        ("data.out_of_clip", "0", "must be one of clamp, drop, error, got 0"),
+        ("optim.schedule", "Cosine", "must be one of constant, cosine, got 'Cosine'"),
+        ("loss", "1", "loss is a section, not a value"),
+        ("loss", "null", "loss is a section, not a value"),
+        ("reward.tvg", "[0.5, 0.5]", "reward.tvg is a section, not a value"),
+    ],
+)
+def test_a_wrong_type_is_named(tmp_path, key, value, reason):
+    parts = key.split(".")
+    path = write(tmp_path / "a.yaml", "{" + ": {".join(parts) + f": {value}" + "}" * len(parts) + "\n")
+    override = f"{key}={value}"
+    messages = {path: message_of([path]), f"override {override!r}": message_of([], [override])}
+    for source, message in messages.items():
+        assert message.startswith(f"{source}: {key}") and message.endswith(reason), message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["rollout.group_size=1"], "rollout.group_size is 1; a group needs at least 2 completions"),
+        (["run.steps=0"], "run.steps must be above 0, got 0"),
+        (["data.micro_batch_size=-1"], "data.micro_batch_size must be above 0, got -1"),
+        (["rollout.temperature=0"], "rollout.temperature must be above 0, got 0.0"),
+        (["reward.gqa.iou=-0.1"], "reward.gqa: weights must be >= 0 and not all 0, got (0.2, 0.4, -0.1)"),
+        (["reward.tvg.iou=0", "reward.tvg.format=0"], "reward.tvg: weights must be >= 0 and not all 0"),
+    ],
+)
+def test_values_out_of_range_are_named(overrides, reason):
+    assert message_of([], overrides).startswith(reason)
+
+
+def test_an_override_needs_a_value():
+    assert message_of([], ["loss.beta"]) == "override 'loss.beta' is not of the form section.key=value"
+    assert message_of([], ["loss.beta="]) == "override 'loss.beta=': loss.beta must be float, got '' (str)"
+    assert message_of([], ["run.dir=[1"]).startswith("override 'run.dir=[1':")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("run: {seed: 1", "not valid YAML"),
+        ("run:\n\tseed: 1\n", "not valid YAML"),
+        ("run: {seed: 1}\nrun: {seed: 2}\n", "not valid YAML"),
+        ("- run\n- loss\n", "expected sections of keys, got ListConfig"),
+        ("run:\n", "run is a section, not a value"),
+        ("7: {seed: 1}\n", "unknown key 7"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, text, reason):
+    path = write(tmp_path / "a.yaml", text)
+    assert message_of([path]).startswith(f"{path}: {reason}")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert message_of([str(tmp_path / "a.yaml")]) == f"config file {tmp_path}/a.yaml not found"
+    assert message_of([str(tmp_path)]) == f"config file {tmp_path} not found"
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_takes_files_flags_and_overrides_in_any_order(tmp_path):
+    a = write(tmp_path / "a.yaml", "run: {seed: 1, steps: 7}\n")
+    b = write(tmp_path / "b.yaml", "run: {seed: 2}\n")
+    for argv in (
+        ["--config", a, b, "loss.beta=0"],
+        ["--config", a, "--config", b, "loss.beta=0"],
+        ["loss.beta=0", "--config", a, b],
+    ):
+        cfg, resume = config.from_command_line(GrpoConfig, argv, "doc")
+        assert (cfg.run.seed, cfg.run.steps, cfg.loss.beta, resume) == (2, 7, 0.0, False)
+    cfg, resume = config.from_command_line(GrpoConfig, ["--config", a, "loss.beta=0", "--resume", "run.seed=9"], "doc")
+    assert (cfg.run.seed, cfg.loss.beta, resume) == (9, 0.0, True)
+    assert config.from_command_line(GrpoConfig, [], "doc") == (GrpoConfig(), False)
+
+
+# ---- the files in configs/ -----------------------------------------------------------------------------------------
+
+
+def class_for(name: str) -> type:
+    if "eval" in name:
+        return EvalRunConfig
+    return SftConfig if re.match(r"tiny_sft|tiny_base|sft_", name) else GrpoConfig
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_load(path):
+    """Each changes something, says what it is in a comment, and holds only what differs from the defaults."""
+    cfg = load(class_for(path.name), [str(path)])
+    assert cfg != class_for(path.name)()
+    assert path.read_text().startswith("#")
+
+
+def test_there_are_configs():
+    assert {"tiny.yaml", "tiny_base.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)
+def test_accelerate_configs_load(path):
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_processes >= 1 and not getattr(loaded, "gradient_accumulation_steps", None)
+
+
+@pytest.mark.parametrize("path", DATA_SETS, ids=lambda path: path.name)
+def test_data_set_lists_load(path):
+    assert all(entry["json_path"] and entry["data_folder"] for entry in data._data_sets(path))

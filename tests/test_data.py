@@ -1,0 +1,451 @@
+"""Records in, prompts out: what is accepted, what is refused and where, the order of a run, and the layout of a prompt."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from conftest import PROMPT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+import data
+from config import PLAIN, THINK, PromptConfig, VideoConfig
+from data import PromptBuilder, Sample, batch_indices, read_samples, time_step, user_text
+
+TVG = {"id": "a", "task": "tvg", "video": "v.mp4", "duration": 10.0, "question": "When?", "segments": [[1, 2.5]]}
+MCQA = {"id": "b", "task": "mcqa", "video": "v.mp4", "question": "Which?", "options": ["x", "y", "z"], "answer": "C"}
+GQA = MCQA | {"id": "c", "task": "gqa", "duration": 8, "segments": [[0, 1], [3, 8]]}
+TEMPORAL_R1 = {"dataset": "charades", "video": "v.mp4", "problem": "a dog", "solution": [0.25, 0.5], "video_length": 20.0}
+ABSENT = object()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with an (empty) video beside the records; reading records opens no video."""
+    (tmp_path / "v.mp4").touch()
+    return tmp_path
+
+
+def write(path, *records) -> str:
+    lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def write_sets(folder, *entries: str) -> str:
+    path = folder / "sets.yaml"
+    path.write_text("datasets:\n" + "".join(f"  - {{{entry}}}\n" for entry in entries))
+    return str(path)
+
+
+def tvg_records(num: int, name: str = "a") -> list[dict]:
+    return [TVG | {"id": f"{name}{i}"} for i in range(num)]
+
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+
+def test_records_of_all_tasks(folder):
+    tvg, mcqa, gqa = read_samples(write(folder / "a.jsonl", TVG, MCQA, GQA))
+    video = str(folder / "v.mp4")
+    assert tvg == Sample("a", "tvg", video, "When?", duration=10.0, segments=((1.0, 2.5),))
+    assert mcqa == Sample("b", "mcqa", video, "Which?", options=("x", "y", "z"), answer="C")
+    assert (gqa.segments, gqa.duration, gqa.answer) == (((0.0, 1.0), (3.0, 8.0)), 8.0, "C")
+
+
+def test_optional_fields(folder):
+    """Times of a clip count from its start, and its length stands in for a missing duration."""
+    more = {"clip": [2, 12], "type": "causal", "response": "<answer>1 to 2</answer>", "source": "somewhere"}
+    record = {k: v for k, v in TVG.items() if k != "duration"} | more | {"question": "  When?\n"}
+    (sample,) = read_samples(write(folder / "a.jsonl", record))
+    assert (sample.clip, sample.duration, sample.type) == ((2.0, 12.0), 10.0, "causal")
+    assert sample.response == "<answer>1 to 2</answer>" and sample.question == "When?"
+
+
+def test_what_a_task_does_not_use_is_not_read(folder):
+    tvg, mcqa = read_samples(write(folder / "a.jsonl", TVG | {"answer": "Z"}, MCQA | {"segments": "none"}))
+    assert tvg.answer is None and mcqa.segments is None
+
+
+def test_blank_lines_and_unicode(folder):
+    """U+2028 is no line end in JSON, but str.splitlines cut the record there."""
+    (first, second) = read_samples(write(folder / "a.jsonl", "", TVG | {"question": "wo\u2028 é \x85?"}, " ", MCQA))
+    assert first.question == "wo\u2028 é \x85?" and second.id == "b"
+
+
+def test_videos_beside_the_file_or_in_its_videos_folder(folder):
+    (folder / "videos").mkdir()
+    shutil.move(folder / "v.mp4", folder / "videos")
+    (sample,) = read_samples(write(folder / "a.jsonl", TVG))
+    assert sample.video == str(folder / "videos" / "v.mp4")
+
+
+@pytest.mark.parametrize(
+    ("record", "change", "reason"),
+    [
+        (TVG, {"id": ABSENT}, "id is missing or not a text"),
+        (TVG, {"id": 7}, "id is missing or not a text"),
+        (TVG, {"video": ABSENT}, "video is missing or not a text"),
+        (TVG, {"question": "  "}, "question is missing or not a text"),
+        (TVG, {"task": ABSENT}, "task is missing or not a text"),
+        (TVG, {"task": "qa"}, "task must be one of tvg, mcqa, gqa, got 'qa'"),
+        (TVG, {"segmets": []}, "unknown key segmets; valid are answer, clip, duration"),
+        (TVG, {"duration": ABSENT}, "duration is missing"),
+        (TVG, {"duration": 0}, "duration must be seconds above 0, got 0"),
+        (TVG, {"duration": "10"}, "duration must be seconds above 0, got '10'"),
+        (TVG, {"duration": True}, "duration must be seconds above 0, got True"),
+        (TVG, {"duration": float("nan")}, "duration must be seconds above 0, got nan"),
+        (TVG, {"segments": ABSENT}, "segments must be a list of [start, end], got None"),
+        (TVG, {"segments": []}, "segments must be a list of [start, end], got []"),
+        (TVG, {"segments": [1, 2]}, "a segment must be [start, end] in seconds, got 1"),
+        (TVG, {"segments": [[1]]}, "a segment must be [start, end] in seconds, got [1]"),
+        (TVG, {"segments": [[1, "2"]]}, "a segment must be [start, end] in seconds, got [1, '2']"),
+        (TVG, {"segments": [[1, float("inf")]]}, "a segment must be [start, end] in seconds, got [1, inf]"),
+        (TVG, {"segments": [[2, 2]]}, "a segment must end after it starts, got [2, 2]"),
+        (TVG, {"segments": [[1, 2], [3, 2]]}, "a segment must end after it starts, got [3, 2]"),
+        (TVG, {"segments": [[10, 12]]}, "segment [10, 12] lies outside the video (10.0 s)"),
+        (TVG, {"segments": [[-2, -1]]}, "segment [-2, -1] lies outside the video (10.0 s)"),
+        (TVG, {"clip": [3, 3]}, "clip must be [start, end] in seconds with start < end, got [3, 3]"),
+        (TVG, {"clip": [-1, 3]}, "clip must be [start, end] in seconds with start < end, got [-1, 3]"),
+        (TVG, {"clip": 3}, "clip must be [start, end] in seconds with start < end, got 3"),
+        (TVG, {"response": ["no"]}, "response must be a text, got ['no']"),
+        (MCQA, {"options": ABSENT}, "options must be a list of 2 to 26 texts, got None"),
+        (MCQA, {"options": ["x"]}, "options must be a list of 2 to 26 texts, got ['x']"),
+        (MCQA, {"options": ["x", 2]}, "options must be a list of 2 to 26 texts, got ['x', 2]"),
+        (MCQA, {"options": ["x"] * 27}, "options must be a list of 2 to 26 texts, got"),
+        (MCQA, {"answer": ABSENT}, "answer must be one of A, B, C, got None"),
+        (MCQA, {"answer": "D"}, "answer must be one of A, B, C, got 'D'"),
+        (MCQA, {"answer": "c"}, "answer must be one of A, B, C, got 'c'"),
+        (MCQA, {"answer": "AB"}, "answer must be one of A, B, C, got 'AB'"),
+        (MCQA, {"answer": ""}, "answer must be one of A, B, C, got ''"),
+        (MCQA, {"answer": 2}, "answer must be one of A, B, C, got 2"),
+        (GQA, {"answer": "D"}, "answer must be one of A, B, C, got 'D'"),
+        (GQA, {"segments": [[7, 7]]}, "a segment must end after it starts, got [7, 7]"),
+        (GQA, {"duration": ABSENT}, "duration is missing"),
+    ],
+)
+def test_a_malformed_record_is_named_by_file_row_and_reason(folder, record, change, reason):
+    bad = {key: value for key, value in (record | change).items() if value is not ABSENT}
+    path = write(folder / "a.jsonl", TVG | {"id": "first"}, bad)
+    with pytest.raises(ValueError) as raised:
+        read_samples(path)
+    assert str(raised.value).startswith(f"{path}:2: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"id": ', "not valid JSON"),
+        ("{'id': 1}", "not valid JSON"),
+        ("[1, 2]", "expected an object, got list"),
+        ("null", "expected an object, got NoneType"),
+        ('"text"', "expected an object, got str"),
+    ],
+)
+def test_a_line_that_is_no_object_is_named(folder, line, reason):
+    path = write(folder / "a.jsonl", TVG, "", line)
+    with pytest.raises(ValueError) as raised:
+        read_samples(path)
+    assert str(raised.value).startswith(f"{path}:3: {reason}")
+
+
+def test_repeated_ids_and_no_records_are_errors(folder):
+    with pytest.raises(ValueError, match=r"a\.jsonl: two records with the id 'a'"):
+        read_samples(write(folder / "a.jsonl", TVG, MCQA, TVG))
+    with pytest.raises(ValueError, match=r"b\.jsonl: no samples"):
+        read_samples(write(folder / "b.jsonl"))
+    (folder / "c.jsonl").write_bytes(b'{"id": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"c\.jsonl: not UTF-8"):
+        read_samples(str(folder / "c.jsonl"))
+
+
+# ---- segments that leave the clip ----------------------------------------------------------------------------------
+
+
+def outside_records() -> list[dict]:
+    segments = ([[1, 2]], [[8, 10.7]], [[-0.5, 3], [4, 5]], [[0, 10]], [[9, 10], [9.5, 11]])
+    return [TVG | {"id": f"a{i}", "segments": value} for i, value in enumerate(segments)]
+
+
+def test_out_of_clip_clamp(folder, capsys):
+    samples = read_samples(write(folder / "a.jsonl", *outside_records()), "clamp")
+    expected = [[(1, 2)], [(8, 10)], [(0, 3), (4, 5)], [(0, 10)], [(9, 10), (9.5, 10)]]
+    assert [list(sample.segments) for sample in samples] == expected
+    assert f"{folder}/a.jsonl: 3 segments clamped to their video, 0 records dropped" in capsys.readouterr().out
+
+
+def test_out_of_clip_drop(folder, capsys):
+    samples = read_samples(write(folder / "a.jsonl", *outside_records()), "drop")
+    assert [sample.id for sample in samples] == ["a0", "a3"]
+    assert f"{folder}/a.jsonl: 0 segments clamped to their video, 3 records dropped" in capsys.readouterr().out
+
+
+def test_out_of_clip_error(folder, capsys):
+    path = write(folder / "a.jsonl", *outside_records())
+    with pytest.raises(ValueError) as raised:
+        read_samples(path, "error")
+    assert str(raised.value) == f"{path}:2: segments [[8, 10.7]] end after the video (10.0 s)"
+    assert len(read_samples(write(folder / "a.jsonl", TVG, GQA), "error")) == 2
+    assert capsys.readouterr().out == ""
+
+
+# ---- Temporal-R1's files -------------------------------------------------------------------------------------------
+
+
+def test_temporal_r1_rows(folder):
+    """`solution` is a share of `video_length`: 0.25 to 0.5 of 20 s are 5 to 10 s."""
+    rows = [TEMPORAL_R1, TEMPORAL_R1 | {"solution": [[0.0, 0.1], [0.9, 1.0]], "id": "x"}, TVG]
+    (folder / "a.json").write_text(json.dumps(rows))
+    first, second, ours = read_samples(str(folder / "a.json"))
+    assert first == Sample("charades/1", "tvg", str(folder / "v.mp4"), "a dog", duration=20.0, segments=((5.0, 10.0),))
+    assert (second.id, second.segments) == ("x", ((0.0, 2.0), (18.0, 20.0)))
+    assert ours.id == "a"
+    (folder / "b.json").write_text(json.dumps([TEMPORAL_R1 | {"solution": [0.9, 1.05]}]))
+    assert read_samples(str(folder / "b.json"))[0].segments == ((18.0, 20.0),)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"solution": ABSENT}, "missing key solution"),
+        ({"video_length": ABSENT}, "missing key video_length"),
+        ({"video": ABSENT}, "missing key video"),
+        ({"solution": 0.3}, "solution must be [start, end] in [0, 1], got 0.3"),
+        ({"solution": []}, "solution must be [start, end] in [0, 1], got []"),
+        ({"solution": ["a", "b"]}, "solution must be [start, end] in [0, 1], got ['a', 'b']"),
+        ({"solution": [[0.1, 0.2, 0.3]]}, "solution must be [start, end] in [0, 1], got [[0.1, 0.2, 0.3]]"),
+        ({"solution": [0.5, 0.25]}, "a segment must end after it starts, got [10.0, 5.0]"),
+        ({"solution": [1.2, 1.3]}, "segment [24.0, 26.0] lies outside the video (20.0 s)"),
+        ({"video_length": -1}, "duration must be seconds above 0, got -1"),
+    ],
+)
+def test_a_malformed_temporal_r1_row_is_named(folder, change, reason):
+    bad = {key: value for key, value in (TEMPORAL_R1 | change).items() if value is not ABSENT}
+    path = folder / "a.json"
+    path.write_text(json.dumps([TEMPORAL_R1, bad]))
+    with pytest.raises(ValueError) as raised:
+        read_samples(str(path))
+    assert str(raised.value) == f"{path}:2: {reason}"
+
+
+@pytest.mark.parametrize(("text", "reason"), [("{", "not valid JSON"), ("{}", "expected a list of records")])
+def test_a_broken_json_file_is_named(folder, text, reason):
+    (folder / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json: {reason}"):
+        read_samples(str(folder / "a.json"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kept"),
+    [
+        ("all", "0123456789"),
+        ("first:3", "012"),
+        ("end:3", "789"),
+        ("first:25%", "012"),  # 2.5 records, rounded up as Temporal-R1 does
+        ("end:25%", "789"),
+        ("first:100%", "0123456789"),
+        ("first:99", "0123456789"),
+        ("end:0", ""),
+    ],
+)
+def test_sampling_strategies(folder, strategy, kept):
+    write(folder / "a.jsonl", *tvg_records(10))
+    write(folder / "b.jsonl", TVG | {"id": "last"})
+    other = "json_path: b.jsonl, data_folder: ., sampling_strategy: all"
+    path = write_sets(folder, f'json_path: a.jsonl, data_folder: ., sampling_strategy: "{strategy}"', other)
+    assert [sample.id for sample in read_samples(path)] == [f"a{digit}" for digit in kept] + ["last"]
+
+
+def test_random_sampling_is_a_function_of_the_seed(folder):
+    write(folder / "a.jsonl", *tvg_records(40))
+    path = write_sets(folder, 'json_path: a.jsonl, data_folder: ., sampling_strategy: "random:20%"')
+    ids = [[sample.id for sample in read_samples(path, seed=seed)] for seed in range(3)]
+    assert [len(set(chosen)) for chosen in ids] == [8, 8, 8] and len(set(map(tuple, ids))) == 3
+    assert ids[0] == [sample.id for sample in read_samples(path, seed=0)]
+    order = [f"a{i}" for i in range(40)]
+    assert all(chosen == sorted(chosen, key=order.index) for chosen in ids)
+
+
+@pytest.mark.parametrize("strategy", ["some", "first", "first:", "first:x", "first:-1", "all:3", "random:x%", "end:inf%"])
+def test_another_strategy_is_an_error(folder, strategy):
+    write(folder / "a.jsonl", TVG)
+    path = write_sets(folder, f'json_path: a.jsonl, data_folder: ., sampling_strategy: "{strategy}"')
+    with pytest.raises(ValueError, match=r"sets.yaml: a\.jsonl: sampling_strategy '.*' is not all, first:N"):
+        read_samples(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("datasets: [", "not valid YAML"),
+        ("sets: []", "expected a list under the key datasets"),
+        ("datasets: []", "expected a list under the key datasets"),
+        ("- a.jsonl", "expected a list under the key datasets"),
+        ("datasets: [a.jsonl]", r"datasets\[0\]: expected json_path and data_folder, got 'a.jsonl'"),
+        ("datasets: [null]", r"datasets\[0\]: expected json_path and data_folder, got None"),
+        ("datasets: [{json_path: a.jsonl}]", r"datasets\[0\]: data_folder is missing or not a text"),
+        ("datasets: [{json_path: 3, data_folder: .}]", r"datasets\[0\]: json_path is missing or not a text"),
+        ("datasets: [{json_path: a, data_folder: ., folder: .}]", r"datasets\[0\]: unknown key folder"),
+    ],
+)
+def test_a_broken_list_of_data_sets_is_named(folder, text, reason):
+    (folder / "sets.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"sets\.yaml: {reason}"):
+        read_samples(str(folder / "sets.yaml"))
+
+
+def test_paths_count_from_the_folder_of_the_list(folder, monkeypatch):
+    (folder / "lists").mkdir()
+    (folder / "clips").mkdir()
+    shutil.move(folder / "v.mp4", folder / "clips")
+    write(folder / "a.jsonl", TVG)
+    write_sets(folder / "lists", "json_path: ../a.jsonl, data_folder: ../clips")
+    monkeypatch.chdir(folder)
+    (sample,) = read_samples("lists/sets.yaml")
+    assert (folder / sample.video).samefile(folder / "clips" / "v.mp4")
+    write_sets(folder / "lists", f"json_path: {folder}/a.jsonl, data_folder: {folder}/clips")
+    (sample,) = read_samples("lists/sets.yaml")
+    assert sample.video == str(folder / "clips" / "v.mp4")
+
+
+def test_what_is_not_there_is_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl not found; `python tiny.py` writes"):
+        read_samples(str(folder / "nowhere.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"data file .*nowhere\.jsonl not found"):
+        read_samples(write_sets(folder, "json_path: nowhere.jsonl, data_folder: ."))
+    write(folder / "a.jsonl", TVG, MCQA | {"video": "w.mp4"}, GQA | {"video": "w.mp4"})
+    with pytest.raises(FileNotFoundError, match=r"sets\.yaml: video folder .*nowhere not found"):
+        read_samples(write_sets(folder, "json_path: a.jsonl, data_folder: nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 videos not found, the first: .*w\.mp4 \(.*a\.jsonl:2\)"):
+        read_samples(str(folder / "a.jsonl"))
+
+
+# ---- order ---------------------------------------------------------------------------------------------------------
+
+
+@given(num=st.integers(1, 30), batch=st.integers(1, 40), seed=st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_batches_run_through_whole_epochs(num, batch, seed):
+    """Every epoch is a permutation, wherever batches begin and end; a step's batch is a function of its number."""
+    steps = 3 * num // batch + 1
+    flat = [i for step in range(steps) for i in batch_indices(num, batch, step, seed)]
+    for epoch in range(len(flat) // num):
+        assert sorted(flat[epoch * num : (epoch + 1) * num]) == list(range(num))
+    one_by_one = [i for step in range(len(flat)) for i in batch_indices(num, 1, step, seed)]
+    assert flat == one_by_one
+    assert batch_indices(num, batch, steps - 1, seed) == flat[(steps - 1) * batch :]
+
+
+def test_epochs_and_seeds_differ():
+    epochs = [batch_indices(20, 20, step, seed) for step in range(3) for seed in range(3)]
+    assert len(set(map(tuple, epochs))) == 9
+
+
+# ---- prompts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return AutoTokenizer.from_pretrained(world / "model")
+
+
+def builder(world, tokenizer, video: VideoConfig | None = None, **prompt) -> PromptBuilder:
+    geometry = data.video_io.read_geometry(str(world / "model"))
+    return PromptBuilder(tokenizer, geometry, video or VideoConfig(), PromptConfig(**prompt), None)
+
+
+def samples_by_task(world) -> dict[str, Sample]:
+    return {sample.task: sample for sample in read_samples(str(world / "mix_train.yaml"))}
+
+
+def test_placeholders_are_the_tokens_of_the_video(world, tokenizer):
+    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    build = builder(world, tokenizer, **PROMPT)
+    counts = set()
+    for sample in read_samples(str(world / "mix_train.yaml"))[::5]:
+        prompt = build(sample)
+        num, start = prompt.video.num_tokens, prompt.video_start
+        t, h, w = prompt.video.grid_thw
+        assert num == t * h * w // 4 == len(prompt.video.patches) // 4
+        assert prompt.ids.count(pad) == num and prompt.ids[start : start + num] == [pad] * num
+        around = tokenizer.convert_ids_to_tokens([prompt.ids[start - 1], prompt.ids[start + num]])
+        assert around == ["<|vision_start|>", "<|vision_end|>"]
+        text = tokenizer.decode(prompt.ids[:start] + prompt.ids[start + num :])
+        assert text.endswith(f"{user_text(sample, build.prompt)}<|im_end|>\n<|im_start|>assistant\n")
+        counts.add(num)
+    assert len(counts) > 2
+
+
+@pytest.mark.parametrize(("think", "words"), [(True, THINK), (False, PLAIN)])
+def test_the_system_turn_follows_the_mode(world, tokenizer, think, words):
+    sample = samples_by_task(world)["tvg"]
+    text = tokenizer.decode(builder(world, tokenizer, think=think)(sample).ids)
+    assert text.startswith(f"<|im_start|>system\n{words}<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+    assert sample.question in text
+    other = {"think": think, "system_think" if think else "system_plain": ""}
+    without = builder(world, tokenizer, **other)(sample)
+    assert tokenizer.decode(without.ids).startswith("<|im_start|>user\n<|vision_start|>") and without.video_start == 4
+
+
+def test_options_stand_in_the_text_with_their_letters(world):
+    cfg = PromptConfig()
+    sample = Sample("a", "mcqa", "v.mp4", "Which {options}?", options=("red", "a b", "blue"), answer="B")
+    text = user_text(sample, replace(cfg, mcqa="{question}\n{options}\nLetter, please."))
+    assert text.startswith("Which {options}?\nA. red\nB. a b\nC. blue") and text.endswith("\nC. blue\nLetter, please.")
+    many = replace(sample, options=tuple(f"option {i}" for i in range(26)))
+    assert "\nZ. option 25\n" in user_text(many, cfg)
+    assert "A." not in user_text(samples_by_task(world)["tvg"], cfg)
+
+
+def test_every_task_has_its_own_wording(world, tokenizer):
+    cfg = PromptConfig()
+    for task, sample in samples_by_task(world).items():
+        text = user_text(sample, cfg)
+        assert sample.question in text and "{" not in text
+        assert ("letter" in text) == (task != "tvg") and ("seconds" in text) == (task != "mcqa")
+
+
+def test_long_prompts_are_never_cut(world, tokenizer):
+    """A question past the tokenizer's model_max_length, after a video of its full length."""
+    sample = samples_by_task(world)["tvg"]
+    question = "when does it happen " * 9000
+    prompt = builder(world, tokenizer, **PROMPT)(replace(sample, question=question.strip()))
+    assert len(prompt.ids) > tokenizer.model_max_length
+    assert question.strip() in tokenizer.decode(prompt.ids)
+    assert prompt.ids.count(tokenizer.convert_tokens_to_ids("<|video_pad|>")) == prompt.video.num_tokens
+
+
+def test_a_placeholder_in_a_question_is_an_error(world, tokenizer):
+    sample = replace(samples_by_task(world)["tvg"], question="what is <|video_pad|> ?")
+    with pytest.raises(ValueError, match=rf"sample {sample.id}: the chat template gives 2 video placeholders, not one"):
+        builder(world, tokenizer)(sample)
+
+
+def test_the_budget_bounds_the_placeholders(world, tokenizer):
+    sample = max(read_samples(str(world / "mix_train.yaml")), key=lambda sample: sample.duration)
+    small = VideoConfig(total_pixels=8 * 28 * 28)
+    whole, cut = (builder(world, tokenizer, video, **PROMPT)(sample) for video in (VideoConfig(), small))
+    assert cut.video.num_tokens <= 8 < whole.video.num_tokens
+    assert len(whole.ids) - len(cut.ids) == whole.video.num_tokens - cut.video.num_tokens
+    assert cut.video.frames_cut > 0 == whole.video.frames_cut
+
+
+def test_time_step(world, tokenizer):
+    """Half a second a frame makes steps of about 1 s; rounded down to whole seconds, 0.9 s would be none at all."""
+    assert [time_step(value, "exact") for value in (0.5, 0.97, 2.3)] == [0.5, 0.97, 2.3]
+    assert [time_step(value, "whole_seconds") for value in (0.5, 0.97, 1.0, 2.3)] == [0.0, 0.0, 1.0, 2.0]
+    sample = samples_by_task(world)["tvg"]
+    exact = builder(world, tokenizer, **PROMPT)(sample).video
+    whole = builder(world, tokenizer, VideoConfig(time_step="whole_seconds"), **PROMPT)(sample).video
+    times = exact.frame_times
+    assert exact.second_per_grid == pytest.approx(2 * (times[-1] - times[0]) / (len(times) - 1))
+    assert whole.second_per_grid == int(exact.second_per_grid)
+
+
+def test_many_is_one_by_one(world, tokenizer):
+    samples = read_samples(str(world / "mix_train.yaml"))[:3]
+    build = builder(world, tokenizer, **PROMPT)
+    assert [prompt.ids for prompt in build.many(samples)] == [build(sample).ids for sample in samples]
+    assert [prompt.sample for prompt in build.many(samples)] == samples

@@ -1,0 +1,96 @@
+"""Imports point one way: the table of who may import whom, and no file that hides a package."""
+
+import ast
+import importlib
+import importlib.machinery
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+CORE = {"config", "data", "policy", "rollout", "rewards", "grpo", "run"}
+MAY_IMPORT = {
+    "train_grpo": CORE | {"eval", "plan"},
+    "train_sft": {"config", "data", "policy", "rewards", "run", "eval"},
+    "select_data": CORE,
+    "eval": {"config", "data", "policy", "rollout", "rewards", "run"},
+    "convert": {"data"},
+    "plan": {"config", "data", "video"},
+    "report": set(),
+    "tiny": {"data", "video"},
+    "config": set(),
+    "rewards": set(),
+    "grpo": set(),
+    "run": set(),
+    "data": {"config", "video", "cache"},
+    "video": {"cache"},
+    "cache": set(),
+    "policy": {"config", "data"},
+    "rollout": {"config", "data", "policy", "grpo"},
+}
+FILES = sorted(REPO.glob("*.py"))
+OURS = {path.stem for path in FILES}
+TOPS = {"demo", "tiny"}  # nothing imports them; demo may import anything
+
+
+def imports(path: Path) -> set[str]:
+    """First names of the modules a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import, but there is no package"
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_the_imports_are_found(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("import os.path, json as j\nfrom a.b import c\ndef f():\n    import late\n")
+    assert imports(path) == {"os", "json", "a", "late"}
+    assert {"data", "policy", "run", "torch"} <= imports(REPO / "train_grpo.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_imports_only_what_the_table_allows(path):
+    if path.stem == "demo":
+        return
+    assert path.stem in MAY_IMPORT, f"{path.name} is not in the table"
+    assert imports(path) & OURS <= MAY_IMPORT[path.stem]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_nothing_imports_the_tiny_world_or_the_demo(path):
+    """The embedded default is ordinary files; only the demo, which writes them, knows where they come from."""
+    allowed = {"tiny"} if path.stem == "demo" else set()
+    assert imports(path) & TOPS <= allowed
+
+
+def test_there_is_no_circle():
+    edges = {path.stem: imports(path) & OURS for path in FILES}
+    while leaves := [name for name, targets in edges.items() if not targets & edges.keys()]:
+        for name in leaves:
+            del edges[name]
+    assert not edges
+
+
+def test_rewards_and_grpo_stand_alone():
+    assert imports(REPO / "rewards.py") <= sys.stdlib_module_names
+    assert imports(REPO / "grpo.py") == {"torch"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_file_hides_a_module(path, monkeypatch):
+    """A script's folder comes first on sys.path: `select.py` or `datasets.py` would be found in place of theirs."""
+    assert path.stem not in sys.stdlib_module_names
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() not in (REPO, REPO / "tests")])
+    importlib.invalidate_caches()
+    found = importlib.machinery.PathFinder.find_spec(path.stem, sys.path)
+    assert found is None, f"{path.name} hides {found.origin}"
+
+
+def test_every_folder_is_plain():
+    """No package: a file is imported by its own name."""
+    assert not list(REPO.glob("*/__init__.py")) and not (REPO / "__init__.py").exists()

@@ -1,0 +1,281 @@
+"""The run folder: never overwritten, resumed only under its own configuration, cut back to its newest checkpoint."""
+
+import json
+import math
+import platform
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import config
+from run import (
+    Clock,
+    Run,
+    cut_back,
+    environment,
+    local_slice,
+    make_optimizer,
+    newest_checkpoint,
+    set_learning_rate,
+    user_errors,
+)
+
+YAML = "run:\n  seed: 0\n  steps: 4\nloss:\n  beta: 0.1\n"
+
+
+def open_run(path, text: str = YAML, resume: bool = False, keep: int = 2) -> Run:
+    return Run(str(path), text, 0, "none", resume, keep)
+
+
+def prepared(run: Run) -> tuple[torch.nn.Module, object]:
+    """A linear model of 2 inputs and its optimizer, wrapped as in training."""
+    model = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -1.0]]))
+        model.bias.zero_()
+    return run.accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+
+
+def take_step(run: Run, model, optimizer, grad_clip: float = 1e9) -> float:
+    run.backward(model, [torch.rand(3, 2)], lambda x: model(x).square().sum())
+    return run.step(model, optimizer, grad_clip)
+
+
+# ---- folder --------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_holds_configuration_and_environment_first(tmp_path):
+    run = open_run(tmp_path / "a" / "b")
+    assert (run.dir / "config.yaml").read_text() == YAML
+    assert json.loads((run.dir / "env.json").read_text()).keys() == environment().keys()
+    assert (run.start_step, run.state, run.checkpoint) == (0, {}, None)
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path):
+    run = open_run(tmp_path / "a")
+    run.log(1, {"loss": 1.0})
+    files = {path: path.read_bytes() for path in run.dir.iterdir()}
+    with pytest.raises(FileExistsError, match=r"run\.dir .*a exists; give --resume to go on, or another run\.dir"):
+        open_run(tmp_path / "a")
+    assert {path: path.read_bytes() for path in run.dir.iterdir()} == files
+    (tmp_path / "empty").mkdir()
+    open_run(tmp_path / "empty")
+
+
+def test_resuming_needs_the_same_configuration(tmp_path):
+    run = open_run(tmp_path / "a")
+    run.save_checkpoint(3, {"best": 0.5})
+    other = "run:\n  seed: 1\n  steps: 4\nloss:\n  beta: 0.1\n  clip_low: 0.2\n"
+    with pytest.raises(ValueError) as raised:
+        open_run(tmp_path / "a", other, resume=True)
+    expected = f"--resume: {run.dir}/config.yaml differs in loss.clip_low (None there, 0.2 now), run.seed (0 there, 1 now)"
+    assert str(raised.value) == expected
+    assert (run.dir / "config.yaml").read_text() == YAML
+    longer = YAML.replace("steps: 4", "steps: 9")
+    again = open_run(tmp_path / "a", longer, resume=True)
+    assert (again.start_step, again.state, again.checkpoint.name) == (3, {"best": 0.5}, "step_000003")
+    assert (run.dir / "config.yaml").read_text() == longer
+
+
+def test_resuming_needs_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--resume: .*a/config.yaml not found"):
+        open_run(tmp_path / "a", resume=True)
+    open_run(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"--resume: no complete checkpoint in .*a/checkpoints"):
+        open_run(tmp_path / "a", resume=True)
+
+
+def test_user_errors_are_one_line_and_others_keep_their_traceback():
+    with pytest.raises(SystemExit, match="^error: a key$"), user_errors():
+        raise ValueError("a key")
+    with pytest.raises(ZeroDivisionError), user_errors():
+        raise ZeroDivisionError
+
+
+# ---- metrics and samples -------------------------------------------------------------------------------------------
+
+
+def test_logged_rows_come_back(tmp_path):
+    run = open_run(tmp_path / "a")
+    run.log(1, {"loss": 0.1, "kl": 1e-9})
+    run.log(2, {"loss": 1 / 3})
+    run.log_samples([{"step": 1, "completions": ["é\u2028\x85\n", "<answer>"]}, {"step": 1, "completions": []}])
+    rows = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 0.1, "kl": 1e-9}, {"step": 2, "loss": 1 / 3}]
+    lines = (run.dir / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    assert json.loads(lines[0])["completions"] == ["é\u2028\x85\n", "<answer>"] and lines[2] == ""
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"step": 2', '{"step": 3, "text": "é', '{"step": 3}'])
+def test_rows_after_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path, torn):
+    """The last character may be torn too: é is two bytes."""
+    kept = '{"step": 1, "a": 1}\n{"step": 2, "a": "é"}\n{"step": 2}\n'
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((kept + '{"step": 3}\n').encode() + torn.encode()[: -1 if torn.endswith("é") else None])
+    cut_back(path, 2)
+    assert path.read_text(encoding="utf-8") == kept
+    cut_back(path, 0)
+    assert path.read_text() == ""
+    cut_back(tmp_path / "absent.jsonl", 2)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_cutting_keeps_rows_with_unicode_line_ends(tmp_path):
+    """A completion may hold U+2028 or U+0085, which str.splitlines takes for the end of a line: the file was cut there."""
+    path = tmp_path / "samples.jsonl"
+    rows = [{"step": s, "completions": [f"a{sign}b"]} for s, sign in enumerate("\u2028\x85\x1c\r", 1)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    before = path.read_bytes()
+    cut_back(path, 4)
+    assert path.read_bytes() == before
+    cut_back(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == [1, 2]
+
+
+def test_a_whole_row_without_its_line_end_is_kept_and_ended(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    cut_back(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_complete_checkpoint_is_taken(tmp_path):
+    run = open_run(tmp_path / "a")
+    assert newest_checkpoint(run.dir) is None
+    for step in (9, 10):
+        run.save_checkpoint(step, {"best": float(step)})
+    for name in ("step_000011", "tmp_000012"):  # the write of one was interrupted, the other one never renamed
+        (run.dir / "checkpoints" / name).mkdir()
+    (run.dir / "checkpoints" / "tmp_000012" / "run.json").write_text('{"step": 12, "state": {}}')
+    assert newest_checkpoint(run.dir).name == "step_000010"
+    assert open_run(tmp_path / "a", resume=True).state == {"best": 10.0}
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run = open_run(tmp_path / "a", keep=2)
+    names = []
+    for step in (1, 2, 9, 10):
+        run.save_checkpoint(step, {})
+        names.append(sorted(path.name[-2:] for path in (run.dir / "checkpoints").iterdir()))
+    assert names == [["01"], ["01", "02"], ["02", "09"], ["09", "10"]]
+
+
+def test_a_checkpoint_brings_back_weights_optimizer_and_random_states(tmp_path):
+    run = open_run(tmp_path / "a")
+    model, optimizer = prepared(run)
+    take_step(run, model, optimizer)
+    run.save_checkpoint(1, {})
+    norms = [take_step(run, model, optimizer) for _ in range(2)]
+    weight = model.weight.detach().clone()
+
+    torch.manual_seed(99)
+    again = open_run(tmp_path / "a", resume=True)
+    model, optimizer = prepared(again)
+    again.load_checkpoint()
+    assert [take_step(again, model, optimizer) for _ in range(2)] == norms
+    assert torch.equal(model.weight, weight)
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+def test_backward_sums_over_micro_batches(tmp_path):
+    """d/dw of (w . x) summed over x = (1, 0), (2, 0), (4, 1): 7 and 1, however they are grouped."""
+    xs = torch.tensor([[1.0, 0.0], [2.0, 0.0], [4.0, 1.0]])
+    run = open_run(tmp_path / "a")
+    for size in (1, 2, 3):
+        model, _ = prepared(run)
+        run.backward(model, xs.split(size), lambda x, model=model: model(x).sum())
+        assert model.weight.grad.tolist() == [[7.0, 1.0]] and model.bias.grad.tolist() == [3.0]
+
+
+def test_step_clips_and_reports_the_norm_before(tmp_path):
+    """Gradient (3, 4): norm 5; plain SGD at rate 1 moves by the gradient, or by a fifth of it when clipped to 1."""
+    run = open_run(tmp_path / "a")
+    for grad_clip, moved in ((10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])):
+        model = torch.nn.Linear(2, 1, bias=False)
+        before = model.weight.detach().clone()
+        model, optimizer = run.accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        run.backward(model, [torch.tensor([[3.0, 4.0]])], lambda x, model=model: model(x).sum())
+        assert run.step(model, optimizer, grad_clip) == pytest.approx(5.0)
+        torch.testing.assert_close(before - model.weight, torch.tensor([moved]), atol=1e-5, rtol=0)
+        assert model.weight.grad is None
+
+
+def test_sums_and_maximum_of_one_process_are_its_own(tmp_path):
+    run = open_run(tmp_path / "a")
+    assert run.sums({"a": 0.1, "b": 2**53}) == {"a": 0.1, "b": 2.0**53}
+    assert run.maximum(-0.1) == -0.1
+
+
+def test_only_matrices_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2), torch.nn.Linear(2, 2))
+    model[2].requires_grad_(False)
+    optimizer = make_optimizer(model, config.OptimConfig(lr=0.5, weight_decay=0.1, beta1=0.8, beta2=0.9))
+    decayed, plain = optimizer.param_groups
+    assert decayed["params"] == [model[0].weight] and decayed["weight_decay"] == 0.1
+    assert [id(p) for p in plain["params"]] == [id(p) for p in (model[0].bias, model[1].weight, model[1].bias)]
+    assert plain["weight_decay"] == 0.0
+    assert all(group["lr"] == 0.5 and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "schedule", "steps", "expected"),
+    [
+        (0, "constant", 3, [1, 1, 1]),
+        (3, "constant", 6, [0.25, 0.5, 0.75, 1, 1, 1]),
+        (0, "cosine", 4, [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+        (1, "cosine", 5, [0.5, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+        (5, "cosine", 3, [1 / 6, 2 / 6, 3 / 6]),
+    ],
+)
+def test_learning_rates_by_hand(warmup, schedule, steps, expected):
+    """cos(pi / 4) = sqrt(1 / 2), so a quarter of the way down the cosine is at 1/2 + sqrt(1 / 8)."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=9.0)
+    cfg = config.OptimConfig(lr=2.0, warmup_steps=warmup, schedule=schedule)
+    rates = []
+    for step in range(steps):
+        rates.append(set_learning_rate(optimizer, step, steps, cfg) / 2)
+        assert optimizer.param_groups[0]["lr"] == 2 * rates[-1]
+    assert rates == pytest.approx(expected)
+    assert set_learning_rate(optimizer, 1, steps, cfg) == 2 * rates[1]  # a function of the step alone
+
+
+# ---- the rest ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_local_slices_make_up_the_batch(world):
+    processes = [SimpleNamespace(num_processes=world, process_index=rank) for rank in range(world)]
+    slices = [local_slice(list(range(6)), process) for process in processes]
+    assert sum(slices, []) == list(range(6)) and {len(part) for part in slices} == {6 // world}
+
+
+def test_an_indivisible_batch_is_an_error():
+    with pytest.raises(ValueError, match=r"data.batch_size 7 does not divide by the 2 processes"):
+        local_slice(range(7), SimpleNamespace(num_processes=2, process_index=0))
+
+
+def test_the_clock_adds_up_phases_and_starts_again():
+    clock = Clock()
+    start = time.perf_counter()
+    with clock("step"):
+        for _ in range(2):
+            with clock("data"):
+                sum(range(20000))
+    whole = time.perf_counter() - start
+    times = clock.times()
+    assert list(times) == ["time/data", "time/step"]
+    assert 0 < times["time/data"] <= times["time/step"] <= whole
+    assert clock.times() == {}
+
+
+def test_the_environment_names_versions_and_commit():
+    found = json.loads(json.dumps(environment()))
+    assert found["python"] == platform.python_version() and found["packages"]["torch"] == torch.__version__
+    assert found["devices"] and {"command", "commit", "diff"} <= found.keys()
