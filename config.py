@@ -122,7 +122,7 @@ class LossConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 1e-6  # AdamW learning rate
-    muon_lr: float = 0.0  # above 0: matrices but embeddings go to torch.optim.Muon at this rate (training from scratch)
+    muon_lr: float = 0.0  # above 0: matrices but embeddings are trained by Muon at this rate (from scratch)
     weight_decay: float = 0.01  # AdamW, decoupled
     beta1: float = 0.9  # AdamW
     beta2: float = 0.999  # AdamW
@@ -262,9 +262,16 @@ def from_command_line(config_class: type[ConfigT], argv: list[str] | None, doc: 
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.dir")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    files = [name for name in args.config if "=" not in name]  # --config takes what follows it, overrides too
-    overrides = [name for name in args.config if "=" in name] + args.overrides
-    return load(config_class, files, overrides), args.resume
+    return load(config_class, *split_overrides(args.config + args.overrides)), args.resume
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """YAML files and `section.key=value` overrides, told apart: `--config a.yaml b=1` takes both.
+
+    >>> split_overrides(["configs/tiny.yaml", "run.seed=1"])
+    (['configs/tiny.yaml'], ['run.seed=1'])
+    """
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
 
 
 def _read_yaml(config_class: type, path: str):

@@ -21,7 +21,8 @@ from video import Geometry, Video
 
 TASKS = ("tvg", "mcqa", "gqa")
 FIELDS = {
-    "id", "task", "video", "duration", "question", "options", "answer", "segments", "clip", "source", "type", "response",
+    "id", "task", "video", "duration", "question", "options", "answer", "segments",
+    "clip", "source", "type", "response",
 }  # fmt: skip
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -139,7 +140,10 @@ def _read_file(path: Path, folder: Path, out_of_clip: str) -> list[Sample]:
             raise ValueError(f"{where}: {error}") from None
         if outside and out_of_clip == "error":
             raise ValueError(f"{where}: segments {record['segments']} end after the video ({sample.duration} s)")
-        clamped, dropped = clamped + (outside and out_of_clip == "clamp"), dropped + (outside and out_of_clip == "drop")
+        clamped, dropped = (
+            clamped + (outside and out_of_clip == "clamp"),
+            dropped + (outside and out_of_clip == "drop"),
+        )
         if not (outside and out_of_clip == "drop"):
             samples.append(sample)
             if not Path(sample.video).exists():
@@ -311,8 +315,21 @@ def time_step(second_per_grid: float, rule: str) -> float:
 class PromptBuilder:
     """Samples to prompts, with one video specification and one prompt wording for training and evaluation alike."""
 
-    def __init__(self, tokenizer, geometry: Geometry, video: VideoConfig, prompt: PromptConfig, cache: FrameCache | None):
-        self.tokenizer, self.geometry, self.video, self.prompt, self.cache = tokenizer, geometry, video, prompt, cache
+    def __init__(
+        self,
+        tokenizer,
+        geometry: Geometry,
+        video: VideoConfig,
+        prompt: PromptConfig,
+        cache: FrameCache | None,
+    ):
+        self.tokenizer, self.geometry, self.video, self.prompt, self.cache = (
+            tokenizer,
+            geometry,
+            video,
+            prompt,
+            cache,
+        )
 
     def __call__(self, sample: Sample) -> Prompt:
         """Decode the video and lay out the prompt. Raises video.VideoError when the file cannot be read."""
@@ -321,7 +338,9 @@ class PromptBuilder:
         ids = self.tokenizer(self._text(sample), add_special_tokens=False).input_ids
         pad = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
         if ids.count(pad) != 1:
-            raise ValueError(f"sample {sample.id}: the chat template gives {ids.count(pad)} video placeholders, not one")
+            raise ValueError(
+                f"sample {sample.id}: the chat template gives {ids.count(pad)} video placeholders, not one"
+            )
         start = ids.index(pad)
         return Prompt(sample, ids[:start] + [pad] * loaded.num_tokens + ids[start + 1 :], start, loaded)
 

@@ -77,7 +77,11 @@ def train_all(root: Path, seed: int, watch: Stopwatch) -> dict[str, Path]:
 def evaluate_all(root: Path, models: dict[str, Path]) -> None:
     for name, model in models.items():
         for suffix, test in (("", "mix_test"), ("_ood", "tvg_ood_test")):
-            overrides = [f"model.path={model}", f"run.dir={root}/eval_{name}{suffix}", f"data.test={WORLD}/{test}.yaml"]
+            overrides = [
+                f"model.path={model}",
+                f"run.dir={root}/eval_{name}{suffix}",
+                f"data.test={WORLD}/{test}.yaml",
+            ]
             evaluation.main(["run", "--config", "configs/tiny_eval.yaml", *overrides])
 
 
@@ -181,7 +185,10 @@ def run_demo(root: Path, seed: int) -> None:
         evaluate_all(root, models)
     rows = {n: {c: round(float(np.mean(list(values(root, n, c).values()))), 2) for c in COLUMNS} for n in models}
     result = {"rows": rows, "seconds": watch.seconds, "seed": seed, "paired": paired(root)}
-    result |= {"seen": seen(root, models["sft"].parent), "models": {n: str(path) for n, path in models.items()}}
+    result |= {
+        "seen": seen(root, models["sft"].parent),
+        "models": {n: str(path) for n, path in models.items()},
+    }
     (root / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     plot_curves(root)
     print(f"\nresults.json and curves.png are in {root}\n")

@@ -86,10 +86,7 @@ class Validator:
             if self.run.is_main:
                 save_model(policy, self.run.dir / "best", self.cfg.model.path)
         named = {
-            f"validation/{task}/{name}": v
-            for task in tasks
-            for name, v in tasks[task].items()
-            if isinstance(v, float)
+            f"validation/{task}/{name}": v for task in tasks for name, v in tasks[task].items() if isinstance(v, float)
         }
         return named | {"validation/score": score}
 
@@ -133,9 +130,7 @@ def sample_values(row: Mapping[str, Any], answer: str = "tagged") -> dict[str, f
     return values | {"parse_fail": float(choice is None or not pred)}
 
 
-def score_predictions(
-    rows: Sequence[Mapping[str, Any]], answer: str = "tagged", seed: int = 0
-) -> dict[str, Any]:
+def score_predictions(rows: Sequence[Mapping[str, Any]], answer: str = "tagged", seed: int = 0) -> dict[str, Any]:
     """The metrics of prediction rows: {"tasks": {task: metrics}, "types": {task: {type: metrics}}}.
 
     Metrics are `n` (rows) and percentages from 0 to 100, each with its 95% interval beside it (`miou_ci95`).
@@ -307,15 +302,13 @@ def specification(cfg: EvalRunConfig) -> dict[str, Any]:
 def _print_metrics(metrics: dict[str, Any]) -> None:
     for task, values in metrics["tasks"].items():
         num_failed = round(values["n"] * values["parse_fail"] / 100)
-        shown = " ".join(
-            f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float) and k != "parse_fail"
-        )
+        shown = " ".join(f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float) and k != "parse_fail")
         print(f"{task}: n {values['n']} {shown}; {num_failed} without a usable answer, counted as wrong")
 
 
 def _run_command(args: argparse.Namespace) -> None:
     with user_errors():
-        cfg = config.load(EvalRunConfig, args.config, args.overrides)
+        cfg = config.load(EvalRunConfig, *config.split_overrides(args.config + args.overrides))
     evaluate(cfg)
 
 
@@ -335,9 +328,7 @@ def _score_command(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one subcommand; bad input ends with one line naming the file, the row and the key."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("run", help="answers of a model, and their metrics")
     command.add_argument("--config", nargs="+", default=[], metavar="FILE", help="later files win")

@@ -19,7 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import cached_file
@@ -141,7 +147,10 @@ def shared_prefix_attention(module, query, key, value, attention_mask, spans=Non
     """
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    outputs, sizes = [], [span.end - span.start for span in spans]  # one split: a slice each costs its backward O(S)
+    outputs, sizes = (
+        [],
+        [span.end - span.start for span in spans],
+    )  # one split: a slice each costs its backward O(S)
     rows = zip(spans, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
     for span, q, k, v in rows:
         num = span.prompt_end - span.start
@@ -259,7 +268,9 @@ def pad_rows(values_N: Tensor, lengths_B: Tensor, num_columns: int, fill: float 
     return padded_BT.masked_scatter(mask_BT, values_N)
 
 
-def packed_logps(policy: nn.Module, packed: Packed, video_embeds: Tensor | None, num_columns: int) -> tuple[Tensor, Tensor]:
+def packed_logps(
+    policy: nn.Module, packed: Packed, video_embeds: Tensor | None, num_columns: int
+) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (B, num_columns) of packed completions, 0 past their ends; `policy` may be wrapped."""
     logps_N, entropy_N = policy(packed, video_embeds)
     return pad_rows(logps_N, packed.lengths_B, num_columns), pad_rows(entropy_N, packed.lengths_B, num_columns)
@@ -267,7 +278,13 @@ def packed_logps(policy: nn.Module, packed: Packed, video_embeds: Tensor | None,
 
 def banned_ids(config, tokenizer) -> Tensor:
     """Ids that are never sampled: vision placeholders and brackets, and embeddings past the tokenizer."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+    names = (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "vision_token_id",
+    )
     special = {getattr(config, name, None) for name in names}
     special |= {tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_pad", "image_pad", "video_pad")}
     ids = {i for i in special if i is not None} | set(range(len(tokenizer), config.text_config.vocab_size))
@@ -295,13 +312,18 @@ def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
             raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
         tokenizer = AutoTokenizer.from_pretrained(cfg.path)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            cfg.path, dtype=getattr(torch, cfg.dtype), attn_implementation="shared_prefix", output_loading_info=True
+            cfg.path,
+            dtype=getattr(torch, cfg.dtype),
+            attn_implementation="shared_prefix",
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         hint = "; `python tiny.py` writes the embedded default" if not Path(cfg.path).exists() else ""
         raise ValueError(f"model.path {cfg.path}: {' '.join(str(error).split())[:300]}{hint}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
-        raise ValueError(f"model.path {cfg.path}: no weights for {sorted(info['missing_keys'])[:3]} or of another shape")
+        raise ValueError(
+            f"model.path {cfg.path}: no weights for {sorted(info['missing_keys'])[:3]} or of another shape"
+        )
     model.set_attn_implementation({"vision_config": "flash_windows"})
     if cfg.freeze_vision:
         model.model.visual.requires_grad_(False)
@@ -311,7 +333,7 @@ def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
 
 
 def save_model(policy: Policy, folder: str | Path, source: str, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write a Hugging Face folder that `from_pretrained` loads: our weights, every other file carried over from `source`.
+    """Write a Hugging Face folder that `from_pretrained` loads: our weights, every other file as `source` has it.
 
     `state_dict` holds the weights of the (unwrapped) Policy when they are sharded; its `model.` prefix is stripped.
     """

@@ -89,7 +89,9 @@ def generate(
     parts = []
     for i in range(0, len(prompts), micro_batch_size):
         some = prompts[i : i + micro_batch_size]
-        seeds = None if seed is None else [row_seed(seed, step, p.sample.id, g) for p in some for g in range(group_size)]
+        seeds = (
+            None if seed is None else [row_seed(seed, step, p.sample.id, g) for p in some for g in range(group_size)]
+        )
         parts.append(_generate(policy, some, video_embeds[i : i + micro_batch_size], group_size, max_new_tokens, seeds))
     policy.train(was_training)
     tokens_BT = _stack([tokens for tokens, _ in parts], policy.pad_id)

@@ -6,6 +6,7 @@ metrics.jsonl (one row per step, the truth; trackers mirror it), samples.jsonl, 
 
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -22,7 +23,17 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "decord2", "decord", "av", "numpy", "tokenizers")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "decord2",
+    "decord",
+    "av",
+    "numpy",
+    "tokenizers",
+)
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -35,19 +46,26 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from None
 
 
+def use_deepspeed() -> bool:
+    """Whether `accelerate launch` was given a DeepSpeed configuration."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
 class Run:
     """The folder of one run, and the processes that share it."""
 
     def __init__(self, dir: str, config_yaml: str, seed: int, tracker: str, resume: bool, keep: int):
         self.dir, self.keep = Path(dir), keep
-        self.accelerator = Accelerator(log_with=None if tracker == "none" else tracker, project_dir=dir)
+        launched_on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available() and not use_deepspeed()
+        log_with = None if tracker == "none" else tracker
+        self.accelerator = Accelerator(cpu=launched_on_cpu, log_with=log_with, project_dir=dir)
         self.checkpoint: Path | None = None
         self.start_step, self.state = 0, {}
         self._raise_together(lambda: self._open(config_yaml, resume))
         self.checkpoint, self.start_step, self.state = self._broadcast((self.checkpoint, self.start_step, self.state))
         set_seed(seed)
         if tracker != "none":
-            self.accelerator.init_trackers("tensorboard")
+            self.accelerator.init_trackers("logs")
 
     @property
     def is_main(self) -> bool:
@@ -197,28 +215,58 @@ class Clock:
         return seconds
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon on some parameters and AdamW on the others, behind one optimizer."""
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for groups without `muon`.
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
-        super().__init__([p for part in (muon, adamw) for group in part.param_groups for p in group["params"]], {})
-        self.parts = {"muon": muon, "adamw": adamw}
-        self._share_groups()
+    Not torch.optim.Muon: its Newton-Schulz iteration is in bfloat16, which most CPUs are slow at, one matrix at a
+    time; this one is in float32, all matrices of a shape at once. Updates have AdamW's size (0.2 RMS).
+    """
 
-    def _share_groups(self) -> None:
-        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+    def __init__(self, matrices: list[torch.Tensor], others: list[dict], muon_lr: float, cfg):
+        self.adamw = torch.optim.AdamW(others, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
+        own = {"params": matrices, "lr": muon_lr, "base_lr": muon_lr, "weight_decay": cfg.weight_decay}
+        super().__init__([own], {"momentum": 0.95})
+        self._join()
 
+    def _join(self) -> None:
+        self.param_groups[1:] = self.adamw.param_groups
+
+    @torch.no_grad()
     def step(self, closure=None) -> None:
-        for part in self.parts.values():
-            part.step()
+        self.adamw.step()
+        group, by_shape = self.param_groups[0], defaultdict(list)
+        for p in group["params"]:
+            by_shape[p.shape].append(p)
+        for matrices in by_shape.values():
+            updates = []
+            for p in matrices:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                updates.append(p.grad.lerp(momentum, group["momentum"]))
+            scale = 0.2 * max(matrices[0].shape) ** 0.5
+            for p, update in zip(matrices, orthogonalise(torch.stack(updates)), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
 
     def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        own = [self.state[p]["momentum"] for p in self.param_groups[0]["params"] if p in self.state]
+        return {"momentum": own, "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state_dict[name])
-        self._share_groups()
+        self.adamw.load_state_dict(state_dict["adamw"])
+        self._join()
+        for p, momentum in zip(self.param_groups[0]["params"], state_dict["momentum"]):
+            self.state[p]["momentum"] = momentum.to(p.device, copy=True)
+
+
+def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """(n, rows, columns) to matrices of the same singular vectors, singular values near 1 (quintic Newton-Schulz)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.mT if tall else x
 
 
 def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
@@ -229,17 +277,15 @@ def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     is_muon = {name: cfg.muon_lr > 0 and p.ndim == 2 and "embed_tokens" not in name for name, p in trained}
     groups = [
-        {"params": [p for n, p in trained if p.ndim >= 2 and not is_muon[n]], "weight_decay": cfg.weight_decay},
+        {
+            "params": [p for n, p in trained if p.ndim >= 2 and not is_muon[n]],
+            "weight_decay": cfg.weight_decay,
+        },
         {"params": [p for n, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
-    if not cfg.muon_lr:
-        return adamw
-    matrices = [{"params": [p for n, p in trained if is_muon[n]], "base_lr": cfg.muon_lr}]
-    muon = torch.optim.Muon(
-        matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return MuonAdamW(muon, adamw)
+    if cfg.muon_lr:
+        return Muon([p for n, p in trained if is_muon[n]], groups, cfg.muon_lr, cfg)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
 
 
 def set_learning_rate(optimizer, step: int, steps: int, cfg) -> float:
@@ -271,7 +317,7 @@ def newest_checkpoint(dir: str | Path) -> Path | None:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the rows of a .jsonl that were written after `step` steps (rows count steps from 1), and a torn last line."""
+    """Drop the rows of a .jsonl written after `step` steps (rows count them from 1), and a torn last line."""
     if not path.is_file():
         return
     kept = []

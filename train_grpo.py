@@ -31,7 +31,9 @@ from rollout import Rollout, generate
 from run import Clock, Run, local_slice, make_optimizer, set_learning_rate, user_errors
 
 
-def sample_groups(policy: Policy, prompts: list[Prompt], video_embeds: list[Tensor], cfg: GrpoConfig, step: int) -> Rollout:
+def sample_groups(
+    policy: Policy, prompts: list[Prompt], video_embeds: list[Tensor], cfg: GrpoConfig, step: int
+) -> Rollout:
     """G completions per video, every prompt run once."""
     r = cfg.rollout
     return generate(
@@ -61,7 +63,7 @@ def update(
     raw, group_size = run.accelerator.unwrap_model(policy), cfg.rollout.group_size
     completions, advantages_B = rollout.completions, advantages_PG.flatten()
     num_tokens = run.sums({"tokens": float(rollout.mask_BT.sum())})["tokens"]
-    sums = dict.fromkeys(("loss", "kl", "clipped", "entropy", "gap"), 0.0)
+    parts_of: dict[int, dict[str, float]] = {}  # by micro-batch: one that Run.backward repeats counts once
     gap_max = 0.0
 
     def loss_of(videos: slice) -> Tensor:
@@ -91,13 +93,14 @@ def update(
         gap_BT = (logps_BT.detach() - sampled_BT).abs()
         gap_max = max(gap_max, gap_BT.max().item())
         parts |= {"loss": loss.detach(), "entropy": entropy_BT.sum(), "gap": gap_BT.sum()}
-        for name, value in parts.items():
-            sums[name] += value.item()
+        parts_of[videos.start] = {name: value.item() for name, value in parts.items()}
         return loss
 
     policy.train()
     num, size = len(rollout.prompts), cfg.data.micro_batch_size
     run.backward(policy, [slice(i, min(i + size, num)) for i in range(0, num, size)], loss_of)
+    names = ("loss", "kl", "clipped", "entropy", "gap")
+    sums = {name: sum(parts[name] for parts in parts_of.values()) for name in names}
     return sums | {"grad_norm": run.step(policy, optimizer, cfg.optim.grad_clip), "gap_max": gap_max}
 
 

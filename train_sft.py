@@ -31,6 +31,23 @@ def target_ids(prompts: list[Prompt], policy, think: bool) -> list[list[list[int
     return [[policy.tokenizer(text, add_special_tokens=False).input_ids + policy.eos_ids[:1]] for text in texts]
 
 
+def update(policy, optimizer, prompts, targets, num_tokens: float, cfg: SftConfig, run: Run) -> tuple[float, float]:
+    """One optimizer step; returns the loss over all processes and the gradient norm."""
+    raw, size = run.accelerator.unwrap_model(policy), cfg.data.micro_batch_size
+    losses = []
+
+    def loss_of(rows: slice):
+        packed = pack(prompts[rows], targets[rows], raw.model.config, raw.device)
+        loss = -policy(packed)[0].sum() / num_tokens
+        losses.append(loss.item())
+        return loss
+
+    policy.train()
+    run.backward(policy, [slice(i, i + size) for i in range(0, len(prompts), size)], loss_of)
+    grad_norm = run.step(policy, optimizer, cfg.optim.grad_clip)
+    return run.sums({"loss": sum(losses.values())})["loss"], grad_norm
+
+
 def train(cfg: SftConfig, resume: bool = False) -> Run:
     with user_errors():
         run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
@@ -53,19 +70,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
                 targets = target_ids(prompts, raw, cfg.prompt.think)
             num_tokens = run.sums({"tokens": sum(len(group[0]) for group in targets)})["tokens"]
             with clock("update"):
-                policy.train()
-                losses = []
-
-                def loss_of(rows: slice) -> object:
-                    packed = pack(prompts[rows], targets[rows], raw.model.config, raw.device)
-                    loss = -policy(packed)[0].sum() / num_tokens
-                    losses.append(loss.item())
-                    return loss
-
-                size = cfg.data.micro_batch_size
-                run.backward(policy, [slice(i, i + size) for i in range(0, len(prompts), size)], loss_of)
-                grad_norm = run.step(policy, optimizer, cfg.optim.grad_clip)
-        loss = run.sums({"loss": sum(losses)})["loss"]
+                loss, grad_norm = update(policy, optimizer, prompts, targets, num_tokens, cfg, run)
         metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens/targets": num_tokens}
         metrics |= validator(step + 1, raw) | clock.times()
         run.log(step + 1, metrics)

@@ -132,8 +132,7 @@ def read_geometry(model_path: str | os.PathLike) -> Geometry:
     raise FileNotFoundError(f"{model_path}: no preprocessor_config.json, nor the video_ one") from missing
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float
-                 ) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
     """Height and width near the given ones that `factor` divides, with min_pixels <= area <= max_pixels.
 
     An elongated frame may miss a limit, as in qwen-vl-utils. Raises ValueError past an aspect ratio of 200.
@@ -155,8 +154,16 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pi
     return sides[0], sides[1]
 
 
-def smart_nframes(total_frames: int, video_fps: float, *, nframes: int | None = None, fps: float = 2.0,
-                  min_frames: int = 4, max_frames: int = 768, factor: int = 2) -> int:
+def smart_nframes(
+    total_frames: int,
+    video_fps: float,
+    *,
+    nframes: int | None = None,
+    fps: float = 2.0,
+    min_frames: int = 4,
+    max_frames: int = 768,
+    factor: int = 2,
+) -> int:
     """How many frames to sample: `nframes`, or `fps` per second within the limits; a multiple of `factor`.
 
     Raises ValueError when that is not between `factor` and `total_frames`.
@@ -197,8 +204,15 @@ def _clip_range(total_frames: int, video_fps: float, clip: Clip | None) -> tuple
     return first, stop - first, max(first / video_fps - start, 0.0)
 
 
-def plan(total_frames: int, video_fps: float, height: int, width: int, spec: VideoSpec, geometry: Geometry,
-         clip: Clip | None = None) -> VideoPlan:
+def plan(
+    total_frames: int,
+    video_fps: float,
+    height: int,
+    width: int,
+    spec: VideoSpec,
+    geometry: Geometry,
+    clip: Clip | None = None,
+) -> VideoPlan:
     """Choose frames and their size from a file's header alone, never past `spec.total_pixels`.
 
     Frame count, positions and size are those of qwen-vl-utils, with two rules more: where the frames would
@@ -344,8 +358,13 @@ def _decode(path: str, spec: VideoSpec, geometry: Geometry, clip: Clip | None) -
     raise VideoError(path, "; ".join(reasons))
 
 
-def load_video(path: str | os.PathLike, spec: VideoSpec, geometry: Geometry, clip: Clip | None = None,
-               cache: FrameCache | None = None) -> Video:
+def load_video(
+    path: str | os.PathLike,
+    spec: VideoSpec,
+    geometry: Geometry,
+    clip: Clip | None = None,
+    cache: FrameCache | None = None,
+) -> Video:
     """Patches of a video file, or of `clip` of it; from `cache` without opening the file.
 
     Raises VideoError, naming the file, whatever is wrong with the file or with the clip and limits on it.

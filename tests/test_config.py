@@ -67,7 +67,12 @@ def test_an_empty_file_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("config_class", [GrpoConfig, SftConfig, EvalRunConfig])
 def test_to_yaml_comes_back_equal(config_class, tmp_path):
-    overrides = ["run.seed=5", "run.dir='a: b # c'", 'prompt.tvg="{question}\\n\\"two\\" lines"', "video.fps=0.1"]
+    overrides = [
+        "run.seed=5",
+        "run.dir='a: b # c'",
+        'prompt.tvg="{question}\\n\\"two\\" lines"',
+        "video.fps=0.1",
+    ]
     for cfg in (config_class(), load(config_class, [], overrides)):
         assert load(config_class, [write(tmp_path / "c.yaml", to_yaml(cfg))]) == cfg
     assert cfg.prompt.tvg == '{question}\n"two" lines' and cfg.run.dir == "a: b # c"
@@ -75,7 +80,13 @@ def test_to_yaml_comes_back_equal(config_class, tmp_path):
 
 def test_values_keep_their_text():
     """An equals sign in a value, an empty value (what a shell makes of `key=''`), and a number in both notations."""
-    overrides = ["run.dir=a=b", "data.validation=", "prompt.system_plain=''", "optim.lr=1e-3", "loss.beta=1.0e-3"]
+    overrides = [
+        "run.dir=a=b",
+        "data.validation=",
+        "prompt.system_plain=''",
+        "optim.lr=1e-3",
+        "loss.beta=1.0e-3",
+    ]
     cfg = load(GrpoConfig, [], overrides)
     assert (cfg.run.dir, cfg.data.validation, cfg.prompt.system_plain) == ("a=b", "", "")
     assert cfg.optim.lr == cfg.loss.beta == 0.001

@@ -1,4 +1,4 @@
-"""Records in, prompts out: what is accepted, what is refused and where, the order of a run, and the layout of a prompt."""
+"""Records in, prompts out: what is accepted, what is refused and where, data order, prompt layout."""
 
 import json
 import shutil
@@ -14,10 +14,30 @@ import data
 from config import PLAIN, THINK, PromptConfig, VideoConfig
 from data import PromptBuilder, Sample, batch_indices, read_samples, time_step, user_text
 
-TVG = {"id": "a", "task": "tvg", "video": "v.mp4", "duration": 10.0, "question": "When?", "segments": [[1, 2.5]]}
-MCQA = {"id": "b", "task": "mcqa", "video": "v.mp4", "question": "Which?", "options": ["x", "y", "z"], "answer": "C"}
+TVG = {
+    "id": "a",
+    "task": "tvg",
+    "video": "v.mp4",
+    "duration": 10.0,
+    "question": "When?",
+    "segments": [[1, 2.5]],
+}
+MCQA = {
+    "id": "b",
+    "task": "mcqa",
+    "video": "v.mp4",
+    "question": "Which?",
+    "options": ["x", "y", "z"],
+    "answer": "C",
+}
 GQA = MCQA | {"id": "c", "task": "gqa", "duration": 8, "segments": [[0, 1], [3, 8]]}
-TEMPORAL_R1 = {"dataset": "charades", "video": "v.mp4", "problem": "a dog", "solution": [0.25, 0.5], "video_length": 20.0}
+TEMPORAL_R1 = {
+    "dataset": "charades",
+    "video": "v.mp4",
+    "problem": "a dog",
+    "solution": [0.25, 0.5],
+    "video_length": 20.0,
+}
 ABSENT = object()
 
 
@@ -268,7 +288,9 @@ def test_random_sampling_is_a_function_of_the_seed(folder):
     assert all(chosen == sorted(chosen, key=order.index) for chosen in ids)
 
 
-@pytest.mark.parametrize("strategy", ["some", "first", "first:", "first:x", "first:-1", "all:3", "random:x%", "end:inf%"])
+@pytest.mark.parametrize(
+    "strategy", ["some", "first", "first:", "first:x", "first:-1", "all:3", "random:x%", "end:inf%"]
+)
 def test_another_strategy_is_an_error(folder, strategy):
     write(folder / "a.jsonl", TVG)
     path = write_sets(folder, f'json_path: a.jsonl, data_folder: ., sampling_strategy: "{strategy}"')

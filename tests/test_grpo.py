@@ -228,7 +228,9 @@ def test_micro_batches_add_up_under_one_denominator(size):
 
 
 def test_group_stats_by_hand():
-    rewards = torch.tensor([[1, 1, 1], [0, 0, 0], [0.5, 0.5, 0.5], [0, 1, 0], [0.9995, 0.9995, 0.9995], [0.2, 0.2, 0.2003]])
+    rewards = torch.tensor(
+        [[1, 1, 1], [0, 0, 0], [0.5, 0.5, 0.5], [0, 1, 0], [0.9995, 0.9995, 0.9995], [0.2, 0.2, 0.2003]]
+    )
     expected = {"num_groups": 6.0, "num_mixed": 2.0, "num_all_good": 2.0, "num_all_bad": 1.0}
     assert group_stats(rewards) == expected
     assert group_stats(rewards[5:], tolerance=1e-3)["num_mixed"] == 0  # its standard deviation is 1.7e-4

@@ -35,7 +35,9 @@ def repeated_logps(policy, prompts, completions):
             positions = torch.cat([positions, (after + torch.arange(len(tokens))).expand(3, -1)], 1)
             ids = torch.tensor([prompt.ids + tokens])
             embeds = policy.embed(ids, policy.embed_videos([prompt]))
-            hidden = text_model(inputs_embeds=embeds, position_ids=positions[:, None], use_cache=False).last_hidden_state
+            hidden = text_model(
+                inputs_embeds=embeds, position_ids=positions[:, None], use_cache=False
+            ).last_hidden_state
             logps = policy.log_softmax(policy.model.lm_head(hidden[0, len(prompt.ids) - 1 : -1]))
             parts.append(logps.gather(1, torch.tensor(tokens)[:, None]).squeeze(1))
     return torch.cat(parts)
@@ -171,7 +173,12 @@ def test_the_video_and_its_time_step_matter(world):
     packed = pack([prompt], completions, policy.model.config, "cpu")
     assert (policy(packed)[0] - policy(packed, blank)[0]).abs().max() > 1e-3
     slower = type(prompt.video)(**{**vars(prompt.video), "second_per_grid": 2 * prompt.video.second_per_grid})
-    moved = pack([type(prompt)(prompt.sample, prompt.ids, prompt.video_start, slower)], completions, policy.model.config, "cpu")
+    moved = pack(
+        [type(prompt)(prompt.sample, prompt.ids, prompt.video_start, slower)],
+        completions,
+        policy.model.config,
+        "cpu",
+    )
     assert (policy(packed)[0] - policy(moved)[0]).abs().max() > 1e-4
 
 
@@ -195,7 +202,13 @@ def test_forward_mutates_no_input(world):
     prompts = make_prompts(world, policy)
     packed = pack(prompts, completions_for(prompts), policy.model.config, "cpu")
     embeds = torch.cat(policy.embed_each(prompts))
-    tensors = [packed.ids_S, packed.positions_3S, packed.predictor_N, embeds, *(p.video.patches for p in prompts)]
+    tensors = [
+        packed.ids_S,
+        packed.positions_3S,
+        packed.predictor_N,
+        embeds,
+        *(p.video.patches for p in prompts),
+    ]
     copies = [tensor.clone() for tensor in tensors]
     policy(packed, embeds)[0].sum().backward()
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies))

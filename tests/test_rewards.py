@@ -68,9 +68,7 @@ def test_overlap_refuses_what_is_no_segment(bad):
         rewards.temporal_iop([(0, 1)], [bad])
 
 
-spans = st.lists(
-    st.tuples(st.integers(0, 30), st.integers(0, 9)).map(lambda t: (t[0], t[0] + t[1])), max_size=6
-)
+spans = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)).map(lambda t: (t[0], t[0] + t[1])), max_size=6)
 
 
 @given(spans, spans)
@@ -113,18 +111,9 @@ def test_parse_answer(text, answer):
         *[(text, "B") for text in ("B, 3 to 7", "B. 3 to 7", "(B) 3.0 to 7.5", "B; 1 to 2, 3 to 4")],
         *[(text, "B") for text in ('{"answer": "B"}', '{"answer": "a cat", "start_time": 3, "end_time": 7}')],
         ('```json\n{"answer": "(b)", "segments": [[3, 7]]}\n```', "B"),
-        *[
-            (text, None)
-            for text in ("", " ", ".", "()", "E", "BB", "A B", "A, B", "A or B", "AB", "(B", "Ｂ")
-        ],
-        *[
-            (text, None)
-            for text in ("B. a dog", "B. a cow", "B a cat", "A cat or a dog", "3 to 7", "B, 7 to 3")
-        ],
-        *[
-            (text, None)
-            for text in ('{"answer": 1}', '{"answer": null}', '["B"]', '{"answer": "A", "answer": "B"}')
-        ],
+        *[(text, None) for text in ("", " ", ".", "()", "E", "BB", "A B", "A, B", "A or B", "AB", "(B", "Ｂ")],
+        *[(text, None) for text in ("B. a dog", "B. a cow", "B a cat", "A cat or a dog", "3 to 7", "B, 7 to 3")],
+        *[(text, None) for text in ('{"answer": 1}', '{"answer": null}', '["B"]', '{"answer": "A", "answer": "B"}')],
     ],
 )
 def test_parse_choice(answer, letter):
@@ -266,12 +255,8 @@ def test_parse_segments(answer, segments):
 def test_parts_and_total_by_hand():
     half = rewards.score(thought("4 to 6"), sample("tvg"), config())
     assert half == rewards.Reward(0.75, {"format": 1, "iou": 0.5})
-    assert rewards.score(thought("B"), sample("mcqa"), config()) == rewards.Reward(
-        1, {"format": 1, "answer": 1}
-    )
-    assert rewards.score(thought("A"), sample("mcqa"), config()) == rewards.Reward(
-        0.5, {"format": 1, "answer": 0}
-    )
+    assert rewards.score(thought("B"), sample("mcqa"), config()) == rewards.Reward(1, {"format": 1, "answer": 1})
+    assert rewards.score(thought("A"), sample("mcqa"), config()) == rewards.Reward(0.5, {"format": 1, "answer": 0})
     both = rewards.score(thought("B, 4 to 6"), sample("gqa"), config())
     assert both.parts == {"format": 1, "answer": 1, "iou": 0.5}
     assert both.total == pytest.approx(0.2 + 0.4 + 0.4 * 0.5)
@@ -384,9 +369,7 @@ cents = st.integers(0, 2_000_000)
 @given(
     st.sampled_from(["tvg", "mcqa", "gqa"]),
     st.sampled_from("ABCD"),
-    st.lists(
-        st.tuples(cents, cents.filter(bool)).map(lambda t: (t[0] / 100, (t[0] + t[1]) / 100)), min_size=1
-    ),
+    st.lists(st.tuples(cents, cents.filter(bool)).map(lambda t: (t[0] / 100, (t[0] + t[1]) / 100)), min_size=1),
 )
 def test_canonical_answers_parse_back_and_pay_in_full(task, letter, segments):
     row = sample(task, answer=letter, segments=segments, duration=None)

@@ -9,7 +9,9 @@ from rollout import generate, row_seed
 
 
 def sample(policy, prompts, group_size=3, max_new_tokens=6, micro_batch_size=8, seed=0, step=0):
-    return generate(policy, prompts, policy.embed_each(prompts), group_size, max_new_tokens, micro_batch_size, seed, step)
+    return generate(
+        policy, prompts, policy.embed_each(prompts), group_size, max_new_tokens, micro_batch_size, seed, step
+    )
 
 
 def scored(policy, rollout):

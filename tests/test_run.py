@@ -70,7 +70,9 @@ def test_resuming_needs_the_same_configuration(tmp_path):
     other = "run:\n  seed: 1\n  steps: 4\nloss:\n  beta: 0.1\n  clip_low: 0.2\n"
     with pytest.raises(ValueError) as raised:
         open_run(tmp_path / "a", other, resume=True)
-    expected = f"--resume: {run.dir}/config.yaml differs in loss.clip_low (None there, 0.2 now), run.seed (0 there, 1 now)"
+    expected = (
+        f"--resume: {run.dir}/config.yaml differs in loss.clip_low (None there, 0.2 now), run.seed (0 there, 1 now)"
+    )
     assert str(raised.value) == expected
     assert (run.dir / "config.yaml").read_text() == YAML
     longer = YAML.replace("steps: 4", "steps: 9")
@@ -88,7 +90,7 @@ def test_resuming_needs_a_checkpoint(tmp_path):
 
 
 def test_user_errors_are_one_line_and_others_keep_their_traceback():
-    with pytest.raises(SystemExit, match="^error: a key$"), user_errors():
+    with pytest.raises(SystemExit, match=r"^error: a key$"), user_errors():
         raise ValueError("a key")
     with pytest.raises(ZeroDivisionError), user_errors():
         raise ZeroDivisionError
@@ -123,7 +125,7 @@ def test_rows_after_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path, torn):
 
 
 def test_cutting_keeps_rows_with_unicode_line_ends(tmp_path):
-    """A completion may hold U+2028 or U+0085, which str.splitlines takes for the end of a line: the file was cut there."""
+    """A completion may hold U+2028 or U+0085, which str.splitlines takes for line ends."""
     path = tmp_path / "samples.jsonl"
     rows = [{"step": s, "completions": [f"a{sign}b"]} for s, sign in enumerate("\u2028\x85\x1c\r", 1)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -149,7 +151,10 @@ def test_the_newest_complete_checkpoint_is_taken(tmp_path):
     assert newest_checkpoint(run.dir) is None
     for step in (9, 10):
         run.save_checkpoint(step, {"best": float(step)})
-    for name in ("step_000011", "tmp_000012"):  # the write of one was interrupted, the other one never renamed
+    for name in (
+        "step_000011",
+        "tmp_000012",
+    ):  # the write of one was interrupted, the other one never renamed
         (run.dir / "checkpoints" / name).mkdir()
     (run.dir / "checkpoints" / "tmp_000012" / "run.json").write_text('{"step": 12, "state": {}}')
     assert newest_checkpoint(run.dir).name == "step_000010"
@@ -253,7 +258,7 @@ def test_learning_rates_by_hand(warmup, schedule, steps, expected):
 def test_local_slices_make_up_the_batch(world):
     processes = [SimpleNamespace(num_processes=world, process_index=rank) for rank in range(world)]
     slices = [local_slice(list(range(6)), process) for process in processes]
-    assert sum(slices, []) == list(range(6)) and {len(part) for part in slices} == {6 // world}
+    assert [i for part in slices for i in part] == list(range(6)) and {len(part) for part in slices} == {6 // world}
 
 
 def test_an_indivisible_batch_is_an_error():
