@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import yaml
 
 import eval as evaluation
 import tiny
@@ -109,18 +110,20 @@ def seen(root: Path, sft: Path) -> dict[str, dict]:
     (_, sft_step), (_, grpo_step) = best_validation(sft), best_validation(root / "grpo")
     grpo_rows = [row for row in read_metrics(root / "grpo") if row["step"] <= grpo_step]
     sft_rows = [row for row in read_metrics(sft) if row["step"] <= sft_step]
-    config_batch = 16
+    batch_sizes = {
+        run: yaml.safe_load((run / "config.yaml").read_text())["data"]["batch_size"] for run in (sft, root / "grpo")
+    }
     return {
         "sft": {
             "kept_step": sft_step,
             "learning_rate": float(sft.name.removeprefix("sft_")),
-            "videos": sft_step * config_batch,
+            "videos": sft_step * batch_sizes[sft],
             "target_tokens": int(sum(row["tokens/targets"] for row in sft_rows)),
             "sampled_tokens": 0,
         },
         "grpo": {
             "kept_step": grpo_step,
-            "videos": grpo_step * config_batch,
+            "videos": grpo_step * batch_sizes[root / "grpo"],
             "sampled_tokens": int(sum(row["tokens/completion"] for row in grpo_rows)),
         },
     }

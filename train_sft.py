@@ -34,12 +34,12 @@ def target_ids(prompts: list[Prompt], policy, think: bool) -> list[list[list[int
 def update(policy, optimizer, prompts, targets, num_tokens: float, cfg: SftConfig, run: Run) -> tuple[float, float]:
     """One optimizer step; returns the loss over all processes and the gradient norm."""
     raw, size = run.accelerator.unwrap_model(policy), cfg.data.micro_batch_size
-    losses = []
+    losses = {}  # by micro-batch: one that Run.backward repeats counts once
 
     def loss_of(rows: slice):
         packed = pack(prompts[rows], targets[rows], raw.model.config, raw.device)
         loss = -policy(packed)[0].sum() / num_tokens
-        losses.append(loss.item())
+        losses[rows.start] = loss.item()
         return loss
 
     policy.train()

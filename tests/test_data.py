@@ -14,30 +14,11 @@ import data
 from config import PLAIN, THINK, PromptConfig, VideoConfig
 from data import PromptBuilder, Sample, batch_indices, read_samples, time_step, user_text
 
-TVG = {
-    "id": "a",
-    "task": "tvg",
-    "video": "v.mp4",
-    "duration": 10.0,
-    "question": "When?",
-    "segments": [[1, 2.5]],
-}
-MCQA = {
-    "id": "b",
-    "task": "mcqa",
-    "video": "v.mp4",
-    "question": "Which?",
-    "options": ["x", "y", "z"],
-    "answer": "C",
-}
+TVG = {"id": "a", "task": "tvg", "video": "v.mp4", "duration": 10.0, "question": "When?", "segments": [[1, 2.5]]}
+MCQA = {"id": "b", "task": "mcqa", "video": "v.mp4", "question": "Which?", "options": ["x", "y", "z"], "answer": "C"}
 GQA = MCQA | {"id": "c", "task": "gqa", "duration": 8, "segments": [[0, 1], [3, 8]]}
-TEMPORAL_R1 = {
-    "dataset": "charades",
-    "video": "v.mp4",
-    "problem": "a dog",
-    "solution": [0.25, 0.5],
-    "video_length": 20.0,
-}
+TEMPORAL_R1 = {"dataset": "charades", "video": "v.mp4", "problem": "a dog"}
+TEMPORAL_R1 |= {"solution": [0.25, 0.5], "video_length": 20.0}
 ABSENT = object()
 
 
@@ -447,9 +428,9 @@ def test_a_placeholder_in_a_question_is_an_error(world, tokenizer):
 
 def test_the_budget_bounds_the_placeholders(world, tokenizer):
     sample = max(read_samples(str(world / "mix_train.yaml")), key=lambda sample: sample.duration)
-    small = VideoConfig(total_pixels=8 * 28 * 28)
+    small = VideoConfig(total_pixels=16 * 28 * 28)
     whole, cut = (builder(world, tokenizer, video, **PROMPT)(sample) for video in (VideoConfig(), small))
-    assert cut.video.num_tokens <= 8 < whole.video.num_tokens
+    assert cut.video.num_tokens <= 16 < whole.video.num_tokens
     assert len(whole.ids) - len(cut.ids) == whole.video.num_tokens - cut.video.num_tokens
     assert cut.video.frames_cut > 0 == whole.video.frames_cut
 

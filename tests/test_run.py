@@ -18,6 +18,7 @@ from run import (
     local_slice,
     make_optimizer,
     newest_checkpoint,
+    orthogonalise,
     set_learning_rate,
     user_errors,
 )
@@ -70,10 +71,8 @@ def test_resuming_needs_the_same_configuration(tmp_path):
     other = "run:\n  seed: 1\n  steps: 4\nloss:\n  beta: 0.1\n  clip_low: 0.2\n"
     with pytest.raises(ValueError) as raised:
         open_run(tmp_path / "a", other, resume=True)
-    expected = (
-        f"--resume: {run.dir}/config.yaml differs in loss.clip_low (None there, 0.2 now), run.seed (0 there, 1 now)"
-    )
-    assert str(raised.value) == expected
+    keys = "loss.clip_low (None there, 0.2 now), run.seed (0 there, 1 now)"
+    assert str(raised.value) == f"--resume: {run.dir}/config.yaml differs in {keys}"
     assert (run.dir / "config.yaml").read_text() == YAML
     longer = YAML.replace("steps: 4", "steps: 9")
     again = open_run(tmp_path / "a", longer, resume=True)
@@ -151,10 +150,7 @@ def test_the_newest_complete_checkpoint_is_taken(tmp_path):
     assert newest_checkpoint(run.dir) is None
     for step in (9, 10):
         run.save_checkpoint(step, {"best": float(step)})
-    for name in (
-        "step_000011",
-        "tmp_000012",
-    ):  # the write of one was interrupted, the other one never renamed
+    for name in ("step_000011", "tmp_000012"):  # the first has no run.json, the second was never renamed
         (run.dir / "checkpoints" / name).mkdir()
     (run.dir / "checkpoints" / "tmp_000012" / "run.json").write_text('{"step": 12, "state": {}}')
     assert newest_checkpoint(run.dir).name == "step_000010"
@@ -227,6 +223,38 @@ def test_only_matrices_decay():
     assert [id(p) for p in plain["params"]] == [id(p) for p in (model[0].bias, model[1].weight, model[1].bias)]
     assert plain["weight_decay"] == 0.0
     assert all(group["lr"] == 0.5 and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
+def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    matrices *= torch.tensor([0.01, 1, 50]).view(3, 1, 1)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    levelled = u.mT @ orthogonalise(matrices) @ vh.mT
+    values = levelled.diagonal(dim1=1, dim2=2)
+    assert (s[:, 0] / s[:, -1]).min() > 1.5 and values[:, :-1].min() > 0.5 and values.max() < 1.3
+    torch.testing.assert_close(levelled, torch.diag_embed(values), atol=1e-4, rtol=0)
+
+
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest():
+    """First step of Muon: decay, then the orthogonalised gradient of 0.2 RMS; AdamW's: lr times the sign."""
+    model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(4, 3), "layer": torch.nn.Linear(3, 5)})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, config.OptimConfig(lr=0.01, muon_lr=0.1, weight_decay=0.5))
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    step = 0.1 * 0.2 * 5**0.5 * orthogonalise(model["layer"].weight.grad[None])[0]
+    torch.testing.assert_close(model["layer"].weight.detach(), 0.95 * before["layer.weight"] - step)
+    assert 0.014 < step.square().mean().sqrt() < 0.026
+    bias, table = model["layer"].bias, model["embed_tokens"].weight
+    torch.testing.assert_close(bias.detach(), before["layer.bias"] - 0.01 * bias.grad.sign())
+    decayed = before["embed_tokens.weight"] * (1 - 0.01 * 0.5)
+    torch.testing.assert_close(table.detach(), decayed - 0.01 * table.grad.sign(), atol=1e-6, rtol=0)
+    set_learning_rate(optimizer, 0, 9, config.OptimConfig(lr=0.01, muon_lr=0.1, warmup_steps=1))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.005, 0.005]
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(

