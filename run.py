@@ -21,7 +21,13 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 
 PACKAGES = (
     "torch",
@@ -51,14 +57,27 @@ def use_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
+def check_precision(dtype: str) -> None:
+    """Raises ValueError where steps of 1e-6 would be lost in the rounding of bfloat16 weights."""
+    if dtype == "bfloat16" and not use_deepspeed():
+        raise ValueError("model.dtype=bfloat16 trains under DeepSpeed only, which keeps float32 weights beside them")
+
+
 class Run:
     """The folder of one run, and the processes that share it."""
 
     def __init__(self, dir: str, config_yaml: str, seed: int, tracker: str, resume: bool, keep: int):
         self.dir, self.keep = Path(dir), keep
-        launched_on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available() and not use_deepspeed()
-        log_with = None if tracker == "none" else tracker
-        self.accelerator = Accelerator(cpu=launched_on_cpu, log_with=log_with, project_dir=dir)
+        on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
+        self.accelerator = Accelerator(
+            cpu=on_cpu and not use_deepspeed(),
+            log_with=None if tracker == "none" else tracker,
+            project_dir=dir,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else None,
+        )
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ValueError("ZeRO-3 is not supported yet: sampling would run on sharded weights; use zero2.yaml")
         self.checkpoint: Path | None = None
         self.start_step, self.state = 0, {}
         self._raise_together(lambda: self._open(config_yaml, resume))
@@ -116,6 +135,16 @@ class Run:
             raise ValueError(f"--resume: {path} differs in {pairs}")
         path.write_text(config_yaml)
 
+    def prepare(self, model, optimizer, grad_clip: float):
+        """Model and optimizer for the engine at hand, back at the checkpoint when resuming."""
+        if use_deepspeed():  # it clips within its own step, and wants a batch size though no loader is prepared
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            settings |= {"gradient_clipping": grad_clip, "train_micro_batch_size_per_gpu": 1}
+        prepared = self.accelerator.prepare(model, optimizer)
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint))
+        return prepared
+
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to metrics.jsonl and hand it to the tracker. Main process only acts."""
         if self.is_main:
@@ -156,11 +185,6 @@ class Run:
             for old in sorted(folder.parent.glob("step_*"))[: -self.keep]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-    def load_checkpoint(self) -> None:
-        """Bring prepared model, optimizer and random states back to `start_step`; call after `prepare`."""
-        if self.checkpoint is not None:
-            self.accelerator.load_state(str(self.checkpoint))
 
     def backward(self, model, micro_batches: Sequence, loss_of: Callable) -> None:
         """Gradients of the sum of `loss_of(micro_batch)`; each is already divided by the step's denominator.

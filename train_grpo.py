@@ -28,7 +28,7 @@ from grpo import group_advantages, group_stats, policy_loss
 from policy import Policy, load_policy, pack, packed_logps, save_model
 from rewards import Reward, score
 from rollout import Rollout, generate
-from run import Clock, Run, local_slice, make_optimizer, set_learning_rate, user_errors
+from run import Clock, Run, check_precision, local_slice, make_optimizer, set_learning_rate, user_errors
 
 
 def sample_groups(
@@ -161,6 +161,7 @@ def sample_rows(rollout: Rollout, rewards: list[Reward], step: int) -> list[dict
 
 def train(cfg: GrpoConfig, resume: bool = False) -> Run:
     with user_errors():
+        check_precision(cfg.model.dtype)
         run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
         local_slice(range(cfg.data.batch_size), run.accelerator)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed)
@@ -171,8 +172,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
     if cfg.loss.beta > 0:
         reference = load_policy(cfg.model, cfg.rollout.temperature).to(run.accelerator.device).eval()
         reference.requires_grad_(False)
-    policy, optimizer = run.accelerator.prepare(raw, make_optimizer(raw, cfg.optim))
-    run.load_checkpoint()
+    policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
     clock = Clock()
     for step in tqdm(range(run.start_step, cfg.run.steps), desc="grpo", disable=not run.is_main):
         with clock("step"):

@@ -13,7 +13,7 @@ from data import Prompt, Sample, batch_indices, make_builder, read_samples
 from eval import Validator
 from policy import load_policy, pack, save_model
 from rewards import format_answer
-from run import Clock, Run, local_slice, make_optimizer, set_learning_rate, user_errors
+from run import Clock, Run, check_precision, local_slice, make_optimizer, set_learning_rate, user_errors
 
 
 def target_text(sample: Sample, think: bool) -> str:
@@ -50,6 +50,7 @@ def update(policy, optimizer, prompts, targets, num_tokens: float, cfg: SftConfi
 
 def train(cfg: SftConfig, resume: bool = False) -> Run:
     with user_errors():
+        check_precision(cfg.model.dtype)
         run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed)
         for sample in samples:
@@ -58,8 +59,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
         local_slice(range(cfg.data.batch_size), run.accelerator)
         builder = make_builder(cfg, raw.tokenizer)
         validator = Validator(cfg, builder, run)
-    policy, optimizer = run.accelerator.prepare(raw, make_optimizer(raw, cfg.optim))
-    run.load_checkpoint()
+    policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
     clock = Clock()
     for step in tqdm(range(run.start_step, cfg.run.steps), desc="sft", disable=not run.is_main):
         with clock("step"):

@@ -97,6 +97,7 @@ def update_once(world, cfg, run: Run, start: int = 0, stop: int = 4, family: str
     raw = make_policy(world, family, freeze_vision=cfg.model.freeze_vision)
     reference = make_policy(world, family, sharpen=2.5).requires_grad_(False)
     whole = recorded_rollout(raw, make_prompts(world, raw, num=4))
+    assert 1.2 * whole.mask_BT[:8].sum() < whole.mask_BT[8:].sum() < 3 * whole.mask_BT[:12].sum()
     rollout = some_videos(whole, start, stop)
     advantages_PG = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))[start:stop]
     optimizer = sgd(raw, cfg.optim)
