@@ -139,10 +139,8 @@ def plot_curves(root: Path) -> None:
     axes[0].set(title="Training reward (running mean of 20 steps)", xlabel="step", ylim=(0, 1.02))
     axes[0].legend()
     checked = [row for row in rows if "validation/tvg/miou" in row]
-    x, y = [row["step"] for row in checked], [row["validation/tvg/miou"] for row in checked]
-    low, high = np.array([row["validation/tvg/miou_ci95"] for row in checked]).T
-    axes[1].errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3)
-    axes[1].set(title="Validation mIoU (%), 95% intervals", xlabel="step")
+    axes[1].plot([row["step"] for row in checked], [row["validation/tvg/miou"] for row in checked], marker="o")
+    axes[1].set(title="Validation mIoU (%)", xlabel="step")
     axes[2].plot(steps, smooth([row["length/mean"] for row in rows]), label="length/mean")
     axes[2].plot(steps, [row["length/max"] for row in rows], alpha=0.3, label="length/max")
     axes[2].set(title="Completion length (tokens)", xlabel="step", ylim=(0, None))

@@ -1,5 +1,6 @@
 """The run folder: never overwritten, resumed only under its own configuration, cut back to its newest checkpoint."""
 
+import copy
 import json
 import math
 import platform
@@ -36,7 +37,7 @@ def prepared(run: Run) -> tuple[torch.nn.Module, object]:
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, -1.0]]))
         model.bias.zero_()
-    return run.accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    return run.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1), grad_clip=1e9)
 
 
 def take_step(run: Run, model, optimizer, grad_clip: float = 1e9) -> float:
@@ -177,7 +178,6 @@ def test_a_checkpoint_brings_back_weights_optimizer_and_random_states(tmp_path):
     torch.manual_seed(99)
     again = open_run(tmp_path / "a", resume=True)
     model, optimizer = prepared(again)
-    again.load_checkpoint()
     assert [take_step(again, model, optimizer) for _ in range(2)] == norms
     assert torch.equal(model.weight, weight)
 
@@ -312,3 +312,35 @@ def test_the_environment_names_versions_and_commit():
     found = json.loads(json.dumps(environment()))
     assert found["python"] == platform.python_version() and found["packages"]["torch"] == torch.__version__
     assert found["devices"] and {"command", "commit", "diff"} <= found.keys()
+
+
+def test_muon_moves_matrices_by_its_rate_and_resumes_exactly():
+    """Matrices move by lr * 0.2 * sqrt(longest side) * an orthogonal matrix; vectors and embeddings are AdamW's."""
+
+    def fresh():
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(5, 4), "layer": torch.nn.Linear(4, 6)})
+        return model, make_optimizer(model, config.OptimConfig(lr=0.1, muon_lr=0.5, weight_decay=0.0))
+
+    def step(model, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+    model, optimizer = fresh()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1, 0.5}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step(model, optimizer, 0)
+    moved = (before["layer.weight"] - model["layer"].weight.detach()) / (0.5 * 0.2 * 6**0.5)
+    assert 0.5 < torch.linalg.svdvals(moved).min() and torch.linalg.svdvals(moved).max() < 1.3
+    for name in ("embed_tokens.weight", "layer.bias"):  # AdamW's first step has the size of its rate
+        torch.testing.assert_close((before[name] - model.get_parameter(name)).abs().max(), torch.tensor(0.1))
+    state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    step(model, optimizer, 1)
+    again, resumed = fresh()
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    set_learning_rate(resumed, 0, 10, config.OptimConfig(lr=0.1, muon_lr=0.5))
+    step(again, resumed, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
