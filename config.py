@@ -255,14 +255,22 @@ def to_yaml(cfg: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
 
 
-def from_command_line(config_class: type[ConfigT], argv: list[str] | None, doc: str) -> tuple[ConfigT, bool]:
-    """Parse `[--config FILE ...] [--resume] [section.key=value ...]`; returns the config and `resume`."""
+def from_command_line(
+    config_class: type[ConfigT], argv: list[str] | None, doc: str, default: str
+) -> tuple[ConfigT, bool]:
+    """Parse `[--config FILE ...] [--resume] [section.key=value ...]`; returns the config and `resume`.
+
+    Without --config the file `default`, beside this one, is read.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="+", default=[], action="extend", metavar="FILE", help="later files win")
+    parser.add_argument(
+        "--config", nargs="+", default=[], action="extend", metavar="FILE", help="YAML; later files win"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.dir")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    return load(config_class, *split_overrides(args.config + args.overrides)), args.resume
+    files, overrides = split_overrides(args.config + args.overrides)
+    return load(config_class, files or [str(Path(__file__).parent / default)], overrides), args.resume
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:

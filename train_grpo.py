@@ -207,7 +207,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
 
 def main(argv: list[str] | None = None) -> Run:
     with user_errors():
-        cfg, resume = config.from_command_line(GrpoConfig, argv, __doc__)
+        cfg, resume = config.from_command_line(GrpoConfig, argv, __doc__, "configs/tiny.yaml")
     return train(cfg, resume)
 
 

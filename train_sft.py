@@ -84,7 +84,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
 
 def main(argv: list[str] | None = None) -> Run:
     with user_errors():
-        cfg, resume = config.from_command_line(SftConfig, argv, __doc__)
+        cfg, resume = config.from_command_line(SftConfig, argv, __doc__, "configs/tiny_sft.yaml")
     return train(cfg, resume)
 
 
