@@ -40,6 +40,7 @@ PACKAGES = (
     "numpy",
     "tokenizers",
 )
+UNUSED = {"config.yaml", "env.json", "logs"}  # all that a run leaves which failed before its first step
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -117,7 +118,7 @@ class Run:
             self.start_step, self.state = saved["step"], saved["state"]
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_back(self.dir / name, self.start_step)
-        elif self.dir.exists() and any(self.dir.iterdir()):
+        elif self.dir.exists() and {path.name for path in self.dir.iterdir()} - UNUSED:
             raise FileExistsError(f"run.dir {self.dir} exists; give --resume to go on, or another run.dir")
         else:
             self.dir.mkdir(parents=True, exist_ok=True)

@@ -225,6 +225,15 @@ def test_only_matrices_decay():
     assert all(group["lr"] == 0.5 and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
 
 
+def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(tmp_path):
+    """The folder was refused after a typo in data.train, though nothing had been trained."""
+    open_run(tmp_path / "a")
+    run = open_run(tmp_path / "a")
+    run.log(1, {"loss": 0.0})
+    with pytest.raises(FileExistsError, match="exists"):
+        open_run(tmp_path / "a")
+
+
 @pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
 def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
