@@ -6,6 +6,7 @@ Not a DataLoader: what a step trains on is `samples[i] for i in batch_indices(..
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -300,7 +301,8 @@ def batch_indices(num_samples: int, batch_size: int, step: int, seed: int) -> li
 def user_text(sample: Sample, cfg: PromptConfig) -> str:
     """The user turn after the video: the task's template, filled in."""
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, sample.options or ()))
-    return getattr(cfg, sample.task).replace("{options}", options).replace("{question}", sample.question)
+    values = {"question": sample.question, "options": options}
+    return re.sub(r"\{(question|options)\}", lambda match: values[match[1]], getattr(cfg, sample.task))
 
 
 def time_step(second_per_grid: float, rule: str) -> float:

@@ -452,3 +452,10 @@ def test_many_is_one_by_one(world, tokenizer):
     build = builder(world, tokenizer, **PROMPT)
     assert [prompt.ids for prompt in build.many(samples)] == [build(sample).ids for sample in samples]
     assert [prompt.sample for prompt in build.many(samples)] == samples
+
+
+def test_braces_in_questions_and_options_are_text():
+    """An option that held `{question}` was filled in with the question."""
+    sample = Sample("a", "mcqa", "v.mp4", "what is {options}?", options=("{question}", "b"), answer="A")
+    text = user_text(sample, PromptConfig(mcqa="{question}|{options}"))
+    assert text == "what is {options}?|A. {question}\nB. b"
