@@ -257,14 +257,14 @@ class Policy(nn.Module):
         return (logits.float() / self.temperature).index_fill(-1, self.banned, -torch.inf).log_softmax(-1)
 
 
-def pad_rows(values_N: Tensor, lengths_B: Tensor, num_columns: int, fill: float = 0.0) -> Tensor:
-    """(N,) values of ragged completions to (B, num_columns), filled at the end of each row.
+def pad_rows(values_N: Tensor, lengths_B: Tensor, num_columns: int) -> Tensor:
+    """(N,) values of ragged completions to (B, num_columns), 0 past the end of each.
 
     >>> pad_rows(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2]), 3).tolist()
     [[1.0, 0.0, 0.0], [2.0, 3.0, 0.0]]
     """
     mask_BT = torch.arange(num_columns, device=lengths_B.device) < lengths_B[:, None]
-    padded_BT = values_N.new_full(mask_BT.shape, fill)
+    padded_BT = values_N.new_zeros(mask_BT.shape)
     return padded_BT.masked_scatter(mask_BT, values_N)
 
 
@@ -332,17 +332,12 @@ def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
     return Policy(model, tokenizer, temperature)
 
 
-def save_model(policy: Policy, folder: str | Path, source: str, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write a Hugging Face folder that `from_pretrained` loads: our weights, every other file as `source` has it.
-
-    `state_dict` holds the weights of the (unwrapped) Policy when they are sharded; its `model.` prefix is stripped.
-    """
+def save_model(policy: Policy, folder: str | Path, source: str) -> None:
+    """Write a Hugging Face folder that `from_pretrained` loads: our weights, every other file as `source` has it."""
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    if state_dict is not None:
-        state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
-    policy.model.save_pretrained(aside, state_dict=state_dict)
+    policy.model.save_pretrained(aside)
     for file in Path(cached_file(source, "config.json")).parent.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHT_FILES):
             shutil.copyfile(file, aside / file.name)

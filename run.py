@@ -241,7 +241,7 @@ class Clock:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for groups without `muon`.
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for the other groups.
 
     Not torch.optim.Muon: its Newton-Schulz iteration is in bfloat16, which most CPUs are slow at, one matrix at a
     time; this one is in float32, all matrices of a shape at once. Updates have AdamW's size (0.2 RMS).
