@@ -39,6 +39,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; log-probs are always float32
     freeze_vision: bool = True  # tower and merger get no gradient and run once per video and step
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    lora_rank: int = 0  # above 0: only adapters of this rank on the language model's linear layers are trained (peft)
+    lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
+    lora_merger: bool = False  # adapters on the vision merger's linear layers as well
 
 
 @dataclass(frozen=True)
@@ -102,21 +105,42 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardsConfig:
     tvg: Weights = field(default_factory=lambda: Weights(format=0.5, iou=0.5))
     mcqa: Weights = field(default_factory=lambda: Weights(format=0.5, answer=0.5))
     gqa: Weights = field(default_factory=lambda: Weights(format=0.2, answer=0.4, iou=0.4))
     format_gates_task: bool = True  # no task reward without the format, no format reward without a parsed answer
+    overlap: Literal["iou", "timestamp_iou", "distance_iou"] = "iou"  # what the part `iou` is, see rewards.py
+    functions: dict[str, float] = field(default_factory=dict)  # "path/to/file.py:function": weight; added to the total
+    conversational: bool = False  # those functions get completions as TRL's message lists instead of strings
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    tolerance: float = 1e-4  # a group whose rewards have a standard deviation up to this is dead: no advantage
+    skip_dead: bool = True  # dead groups cost no update; their KL and entropy terms go with them
+    max_refills: int = 0  # rounds of sampling further videos in place of dead groups (DAPO's dynamic sampling)
+    warn_after: int = 20  # steps in a row with dead groups only, or over 90% truncated, before a warning
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    beta: float = 0.01  # KL coefficient; 0 loads no reference model
+    baseline: Literal["group_mean", "leave_one_out"] = "group_mean"  # what is subtracted from a reward
+    scale: Literal["group_std", "batch_std", "none"] = "group_std"  # what the difference is divided by
+    std_eps: float = 1e-6  # added to that standard deviation
+    ratio: Literal["token", "sequence"] = "token"  # importance ratio; sequence: GSPO
+    clip: Literal["ppo", "cispo", "none"] = "ppo"
     clip_low: float = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.2  # larger than clip_low: DAPO's "clip higher"
-    std_eps: float = 1e-6  # added to the group's standard deviation
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"  # DAPO, GRPO, Dr. GRPO
+    beta: float = 0.01  # KL coefficient; 0 loads no reference model
+    kl: Literal["k1", "k2", "k3"] = "k3"  # estimate of the KL to the reference
     kl_clamp: float = 10.0  # the KL's log-ratio is clamped to +- this
-    old_logps: Literal["policy", "sampled"] = "policy"  # policy: of this update's first pass, so the ratio starts at 1
+    entropy: float = 0.0  # coefficient of the entropy bonus
+    updates_per_rollout: int = 1  # mu, optimizer steps on one rollout; above 1 the clip gets to work
+    old_logps: Literal["policy", "sampled"] = "policy"  # policy: of the first pass over the rollout
+    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS; penalise: see overlong_buffer
+    overlong_buffer: int = 0  # tokens before rollout.max_new_tokens over which the penalty grows from 0 to -1
 
 
 @dataclass(frozen=True)
@@ -158,7 +182,8 @@ class GrpoConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    group: GroupConfig = field(default_factory=GroupConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -167,9 +192,16 @@ class GrpoConfig:
         if self.rollout.group_size < 2:
             raise ValueError(f"rollout.group_size is {self.rollout.group_size}; a group needs at least 2 completions")
         for name in ("tvg", "mcqa", "gqa"):
-            weights = dataclasses.astuple(getattr(self.reward, name))
-            if min(weights) < 0 or sum(weights) <= 0:
-                raise ValueError(f"reward.{name}: weights must be >= 0 and not all 0, got {weights}")
+            weights = dataclasses.astuple(getattr(self.rewards, name))
+            if min(weights) < 0 or (sum(weights) <= 0 and not self.rewards.functions):
+                raise ValueError(f"rewards.{name}: weights must be >= 0 and not all 0, got {weights}")
+        length, buffer = self.rollout.max_new_tokens, self.loss.overlong_buffer
+        if self.loss.truncated == "penalise" and not 0 < buffer <= length:
+            raise ValueError(f"loss.overlong_buffer must be 1 to rollout.max_new_tokens={length} tokens, got {buffer}")
+        if self.loss.truncated != "penalise" and buffer:
+            raise ValueError(f"loss.overlong_buffer={buffer} needs loss.truncated=penalise")
+        if self.group.max_refills < 0:
+            raise ValueError(f"group.max_refills must be at least 0, got {self.group.max_refills}")
         _check_training(self)
 
 
@@ -219,10 +251,18 @@ def _check_training(cfg) -> None:
             "rollout.temperature": cfg.rollout.temperature,
             "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
             "rollout.micro_batch_size": cfg.rollout.micro_batch_size,
+            "loss.updates_per_rollout": cfg.loss.updates_per_rollout,
+            "group.warn_after": cfg.group.warn_after,
         }
     for key, value in positive.items():
         if value <= 0:
             raise ValueError(f"{key} must be above 0, got {value}")
+    if cfg.model.lora_rank < 0:
+        raise ValueError(f"model.lora_rank must be at least 0, got {cfg.model.lora_rank}")
+    if cfg.model.lora_rank and not cfg.model.freeze_vision:
+        raise ValueError("model.lora_rank trains adapters only: model.freeze_vision must be true (see lora_merger)")
+    if cfg.model.lora_merger and not cfg.model.lora_rank:
+        raise ValueError("model.lora_merger=true needs model.lora_rank above 0")
 
 
 def load(config_class: type[ConfigT], paths: list[str] = (), overrides: list[str] = ()) -> ConfigT:
@@ -320,6 +360,12 @@ def _check_type(value: Any, hint: Any, where: str) -> None:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ValueError(f"{where} must be one of {', '.join(map(str, get_args(hint)))}, got {value!r}")
+        return
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, got {value!r}")
+        for key, item in value.items():
+            _check_type(item, get_args(hint)[1], f"{where}[{key}]")
         return
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if float in kinds and type(value) is int:

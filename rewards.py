@@ -149,13 +149,13 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
     """Reward of one response: sum(weight x part) / sum(weights) over the parts of the sample's task.
 
     `sample` has `task`, `options`, `answer`, `segments` and `duration` (seconds, or None: spans are not
-    clipped); `cfg` has `prompt.think`, `reward.format_gates_task` and, for each task, weights such as
-    `reward.tvg.iou`, of which at least one counts. Predicted segments are clipped to [0, duration]. With the
+    clipped); `cfg` has `prompt.think`, `rewards.format_gates_task` and, for each task, weights such as
+    `rewards.tvg.iou`, of which at least one counts. Predicted segments are clipped to [0, duration]. With the
     gate, `format` is 1 only when every part of the answer parses as well, and the task's parts count only
     then; without it `format` is the layout alone. A truth without length, which the data loader refuses,
     scores 0.
     """
-    part_names, weights = PARTS[sample.task], getattr(cfg.reward, sample.task)
+    part_names, weights = PARTS[sample.task], getattr(cfg.rewards, sample.task)
     values = {"format": float(_layout_ok(text, cfg.prompt.think))}
     parsed = True
     if "answer" in part_names:
@@ -166,7 +166,7 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
         segments = parse_segments(text)
         parsed = parsed and bool(segments)
         values["iou"] = temporal_iou(_clip(segments, sample.duration), sample.segments)
-    if cfg.reward.format_gates_task and not (parsed and values["format"]):
+    if cfg.rewards.format_gates_task and not (parsed and values["format"]):
         values = dict.fromkeys(part_names, 0.0)
     weight = {name: getattr(weights, name) for name in part_names}
     total = sum(weight[name] * values[name] for name in part_names) / sum(weight.values())

@@ -50,9 +50,9 @@ def test_later_files_and_later_overrides_win(tmp_path):
 
 
 def test_a_section_of_a_section_keeps_its_other_defaults():
-    reward = load(GrpoConfig, [], ["reward.tvg.iou=2"]).reward
-    assert dataclasses.astuple(reward.tvg) == (0.5, 0.0, 2.0)
-    assert reward.gqa == GrpoConfig().reward.gqa
+    rewards = load(GrpoConfig, [], ["rewards.tvg.iou=2"]).rewards
+    assert dataclasses.astuple(rewards.tvg) == (0.5, 0.0, 2.0)
+    assert rewards.gqa == GrpoConfig().rewards.gqa
 
 
 def test_defaults_of_a_whole_configuration_survive_a_file(tmp_path):
@@ -110,8 +110,8 @@ def test_frozen():
     [
         ("los.beta", "did you mean loss?"),
         ("loss.betta", "did you mean loss.beta?"),
-        ("reward.tvgg.iou", "did you mean reward.tvg?"),
-        ("reward.tvg.iuo", "did you mean reward.tvg.iou?"),
+        ("rewards.tvgg.iou", "did you mean rewards.tvg?"),
+        ("rewards.tvg.iuo", "did you mean rewards.tvg.iou?"),
         ("rollout.max_tokens", "did you mean rollout.max_new_tokens?"),
         ("optim.zzzz", "valid are optim.lr, optim."),
     ],
@@ -119,7 +119,7 @@ def test_frozen():
 def test_an_unknown_key_is_named_with_the_nearest(tmp_path, key, nearest):
     parts = key.split(".")
     path = write(tmp_path / "a.yaml", "{" + ": {".join(parts) + ": 1" + "}" * len(parts) + "\n")
-    unknown = key if key not in ("los.beta", "reward.tvgg.iou") else key.rpartition(".")[0]
+    unknown = key if key not in ("los.beta", "rewards.tvgg.iou") else key.rpartition(".")[0]
     for message, source in (
         (message_of([path]), path),
         (message_of([], [f"{key}=1"]), f"override '{key}=1'"),
@@ -152,7 +152,7 @@ def test_an_unknown_key_is_named_with_the_nearest(tmp_path, key, nearest):
         ("optim.schedule", "Cosine", "must be one of constant, cosine, got 'Cosine'"),
         ("loss", "1", "loss is a section, not a value"),
         ("loss", "null", "loss is a section, not a value"),
-        ("reward.tvg", "[0.5, 0.5]", "reward.tvg is a section, not a value"),
+        ("rewards.tvg", "[0.5, 0.5]", "rewards.tvg is a section, not a value"),
     ],
 )
 def test_a_wrong_type_is_named(tmp_path, key, value, reason):
@@ -171,8 +171,8 @@ def test_a_wrong_type_is_named(tmp_path, key, value, reason):
         (["run.steps=0"], "run.steps must be above 0, got 0"),
         (["data.micro_batch_size=-1"], "data.micro_batch_size must be above 0, got -1"),
         (["rollout.temperature=0"], "rollout.temperature must be above 0, got 0.0"),
-        (["reward.gqa.iou=-0.1"], "reward.gqa: weights must be >= 0 and not all 0, got (0.2, 0.4, -0.1)"),
-        (["reward.tvg.iou=0", "reward.tvg.format=0"], "reward.tvg: weights must be >= 0 and not all 0"),
+        (["rewards.gqa.iou=-0.1"], "rewards.gqa: weights must be >= 0 and not all 0, got (0.2, 0.4, -0.1)"),
+        (["rewards.tvg.iou=0", "rewards.tvg.format=0"], "rewards.tvg: weights must be >= 0 and not all 0"),
     ],
 )
 def test_values_out_of_range_are_named(overrides, reason):

@@ -19,8 +19,8 @@ def config(think: bool = True, gate: bool = True) -> SimpleNamespace:
         "mcqa": SimpleNamespace(format=0.5, answer=0.5, iou=0.0),
         "gqa": SimpleNamespace(format=0.2, answer=0.4, iou=0.4),
     }
-    reward = SimpleNamespace(format_gates_task=gate, **weights)
-    return SimpleNamespace(prompt=SimpleNamespace(think=think), reward=reward)
+    section = SimpleNamespace(format_gates_task=gate, overlap="iou", **weights)
+    return SimpleNamespace(prompt=SimpleNamespace(think=think), rewards=section)
 
 
 def sample(task: str, **fields) -> SimpleNamespace:
