@@ -139,8 +139,8 @@ class LossConfig:
     entropy: float = 0.0  # coefficient of the entropy bonus
     updates_per_rollout: int = 1  # mu, optimizer steps on one rollout; above 1 the clip gets to work
     old_logps: Literal["policy", "sampled"] = "policy"  # policy: of the first pass over the rollout
-    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS; penalise: see overlong_buffer
-    overlong_buffer: int = 0  # tokens before rollout.max_new_tokens over which the penalty grows from 0 to -1
+    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: as they are, out of the loss, or
+    overlong_buffer: float = 0.2  # penalised: over this share of rollout.max_new_tokens, its end, from 0 to -1
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,8 @@ class GrpoConfig:
             weights = dataclasses.astuple(getattr(self.rewards, name))
             if min(weights) < 0 or (sum(weights) <= 0 and not self.rewards.functions):
                 raise ValueError(f"rewards.{name}: weights must be >= 0 and not all 0, got {weights}")
-        length, buffer = self.rollout.max_new_tokens, self.loss.overlong_buffer
-        if self.loss.truncated == "penalise" and not 0 < buffer <= length:
-            raise ValueError(f"loss.overlong_buffer must be 1 to rollout.max_new_tokens={length} tokens, got {buffer}")
-        if self.loss.truncated != "penalise" and buffer:
-            raise ValueError(f"loss.overlong_buffer={buffer} needs loss.truncated=penalise")
+        if not 0 < self.loss.overlong_buffer <= 1:
+            raise ValueError(f"loss.overlong_buffer must be above 0 and at most 1, got {self.loss.overlong_buffer}")
         if self.group.max_refills < 0:
             raise ValueError(f"group.max_refills must be at least 0, got {self.group.max_refills}")
         _check_training(self)

@@ -23,8 +23,9 @@ from video import Geometry, Video
 TASKS = ("tvg", "mcqa", "gqa")
 FIELDS = {
     "id", "task", "video", "duration", "question", "options", "answer", "segments",
-    "clip", "source", "type", "response",
+    "clip", "source", "type", "response", "extra",
 }  # fmt: skip
+CALL_NAMES = {"prompts", "completions", "completion_ids", "trainer_state"}  # what a reward function is called with
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -43,6 +44,7 @@ class Sample:
     clip: tuple[float, float] | None = None  # the part of the file to use; times count from clip[0]
     type: str = ""  # question type, for metrics by type
     response: str | None = None  # a full response to imitate (SFT in thinking mode)
+    extra: dict[str, Any] | None = None  # further columns, for reward functions (rewards.functions)
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,9 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
             raise BadRecord(f"{key} is missing or not a text")
     unknown = set(record) - FIELDS
     if unknown:
-        raise BadRecord(f"unknown key {sorted(unknown)[0]}; valid are {', '.join(sorted(FIELDS))}")
+        raise BadRecord(
+            f"unknown key {sorted(unknown)[0]}; valid are {', '.join(sorted(FIELDS))}; further columns go under extra"
+        )
     task = record["task"]
     if task not in TASKS:
         raise BadRecord(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -240,6 +244,7 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
         clip=clip,
         type=str(record.get("type", "")),
         response=record.get("response"),
+        extra=_extra(record.get("extra")),
     )
     return sample, outside
 
@@ -254,6 +259,17 @@ def _clip(clip: Any) -> tuple[float, float] | None:
     if not (isinstance(clip, list) and len(clip) == 2 and all(map(_is_number, clip)) and 0 <= clip[0] < clip[1]):
         raise BadRecord(f"clip must be [start, end] in seconds with start < end, got {clip!r}")
     return float(clip[0]), float(clip[1])
+
+
+def _extra(extra: Any) -> dict[str, Any] | None:
+    if not isinstance(extra, dict | None):
+        raise BadRecord(f"extra must be an object, got {extra!r}")
+    for key in extra or ():
+        if not isinstance(key, str):
+            raise BadRecord(f"extra: the key {key!r} is not a text")
+        if key in FIELDS | CALL_NAMES:
+            raise BadRecord(f"extra: the key {key} is taken, by a field of the record or by TRL's reward functions")
+    return extra
 
 
 def _options(record: dict) -> tuple[tuple[str, ...], str]:
@@ -296,6 +312,15 @@ def batch_indices(num_samples: int, batch_size: int, step: int, seed: int) -> li
     epochs = {place // num_samples for place in places}
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_samples) for epoch in epochs}
     return [int(orders[place // num_samples][place % num_samples]) for place in places]
+
+
+def refill_indices(num_samples: int, taken: Sequence[int], count: int, step: int, refill: int, seed: int) -> list[int]:
+    """Up to `count` further indices for refill round `refill` (from 1) of a step, none of them in `taken`.
+
+    A pure function of its arguments, like `batch_indices`; drawn from the whole data set, whatever the epoch.
+    """
+    free = np.setdiff1d(np.arange(num_samples), np.asarray(taken))
+    return np.random.default_rng((seed, step, refill)).permutation(free)[:count].tolist()
 
 
 def user_text(sample: Sample, cfg: PromptConfig) -> str:

@@ -1,7 +1,11 @@
-"""GRPO as pure tensor functions: group advantages, KL, the clipped loss, masks and group statistics.
+"""GRPO as pure tensor functions: group advantages, KL, the clipped loss and its variants, masks, group statistics.
 
-No model, tokenizer, config or device in here. Letters: P prompts, G completions each, B = P * G, T tokens.
-GRPO is arXiv 2402.03300 (DeepSeekMath), DAPO is arXiv 2503.14476.
+No model, tokenizer, config or device in here. Letters: P prompts, G completions each, B = P * G, T tokens. Every
+variant is a value of an argument, named after what it does; the papers (each cited where its formula stands):
+
+    GRPO      DeepSeekMath, arXiv 2402.03300          DAPO     arXiv 2503.14476
+    Dr. GRPO  arXiv 2503.20783                        GSPO     arXiv 2507.18071
+    RLOO      arXiv 2402.14740                        CISPO    MiniMax-M1, arXiv 2506.13585
 """
 
 import torch
@@ -18,29 +22,89 @@ def completion_mask(tokens_BT: Tensor, eos_ids: list[int]) -> Tensor:
     return (is_eos_BT.cumsum(1) - is_eos_BT.long()) == 0
 
 
-def group_advantages(rewards_PG: Tensor, eps: float = 1e-6) -> Tensor:
-    """Advantages (P, G): (R - mean) / (std + eps) within each group, std with ddof 1. DeepSeekMath 4.1.2.
+def group_advantages(
+    rewards_PG: Tensor,
+    eps: float = 1e-6,
+    baseline: str = "group_mean",
+    scale: str = "group_std",
+    tolerance: float = 0.0,
+) -> Tensor:
+    """Advantages (P, G): (R - baseline) / (std + eps), every standard deviation with ddof 1.
 
-    >>> group_advantages(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), eps=0.0).nan_to_num().tolist()
+    `baseline`: group_mean (DeepSeekMath 4.1.2), or leave_one_out, the mean of the group's others (RLOO's estimator).
+    `scale`: group_std (DeepSeekMath 4.1.2); batch_std, of all rewards given (Lite PPO, arXiv 2508.08221); none
+    (Dr. GRPO 3.2). A group whose standard deviation is at most `tolerance` is dead: exactly 0.
+
+    >>> group_advantages(torch.tensor([[0.0, 1.0], [0.5, 0.5]]), eps=0.0).tolist()
     [[-0.7071067690849304, 0.7071067690849304], [0.0, 0.0]]
     """
+    if baseline not in ("group_mean", "leave_one_out"):
+        raise ValueError(f"baseline {baseline!r} is not one of group_mean, leave_one_out")
     shifted_PG = rewards_PG - rewards_PG[:, :1]  # exactly 0 in a dead group, where the mean of equal rewards may be off
     centred_PG = shifted_PG - shifted_PG.mean(1, keepdim=True)
-    return centred_PG / (shifted_PG.std(1, keepdim=True) + eps)
+    std_P1 = shifted_PG.std(1, keepdim=True)
+    group_size = rewards_PG.shape[1]
+    if baseline == "leave_one_out":
+        centred_PG = centred_PG * (group_size / (group_size - 1))
+    if scale == "group_std":
+        centred_PG = centred_PG / (std_P1 + eps)
+    elif scale == "batch_std":
+        centred_PG = centred_PG / (rewards_PG.std() + eps)
+    elif scale != "none":
+        raise ValueError(f"scale {scale!r} is not one of group_std, batch_std, none")
+    return torch.where(std_P1 > tolerance, centred_PG, 0.0)
+
+
+def overlong_penalty(lengths_B: Tensor, max_tokens: int, buffer: float) -> Tensor:
+    """Soft overlong punishment (B,), DAPO eq. 13: 0 up to max_tokens - buffer tokens, then linear to -1 at max_tokens.
+
+    >>> overlong_penalty(torch.tensor([6, 8, 10]), max_tokens=10, buffer=4).tolist()
+    [0.0, -0.5, -1.0]
+    """
+    return ((max_tokens - buffer - lengths_B) / buffer).clamp(-1.0, 0.0)
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3", clamp: float = 10.0) -> Tensor:
     """Per-token estimate of KL(policy || reference) from samples of the policy, same shape as `logps`.
 
-    k3 = exp(r) - r - 1 with r = ref_logps - logps, clamped to +-`clamp`: DeepSeekMath eq. 4; unbiased, never negative.
+    With r = ref_logps - logps, clamped to +-`clamp` (Schulman 2020, joschu.net/blog/kl-approx.html):
+    k1 = -r, unbiased, but in a loss its gradient is that of log-probs alone and says nothing about the reference;
+    k2 = r^2 / 2, biased, and its gradient is the KL's own;
+    k3 = exp(r) - r - 1, unbiased and never negative (DeepSeekMath eq. 4).
 
     >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-1.5])).item()  # exp(-0.5) + 0.5 - 1
     0.10653066635131836
     """
-    if kind != "k3":
-        raise ValueError(f"KL estimate {kind!r} is not k3")
     r = (ref_logps - logps).clamp(-clamp, clamp)
-    return r.exp() - r - 1
+    if kind == "k1":
+        return -r
+    if kind == "k2":
+        return r.square() / 2
+    if kind == "k3":
+        return r.exp() - r - 1
+    raise ValueError(f"KL estimate {kind!r} is not one of k1, k2, k3")
+
+
+def token_weights(
+    mask_BT: Tensor, aggregation: str, num_tokens: float, num_completions: float, max_tokens: int
+) -> Tensor:
+    """Weight (B, T), float64, of each completion token in the loss; 0 outside the mask.
+
+    token_mean: 1 / num_tokens (DAPO eq. 12); sequence_mean: 1 / |o_i| / num_completions (DeepSeekMath eq. 3);
+    constant: 1 / (num_completions * max_tokens) (Dr. GRPO, its listing 1). `num_tokens` and `num_completions` count
+    the whole step, over all micro-batches and processes: so the gradient does not depend on how it is cut.
+
+    >>> token_weights(torch.tensor([[True, True], [True, False]]), "sequence_mean", 3, 2, 2).tolist()
+    [[0.25, 0.25], [0.5, 0.0]]
+    """
+    mask_BT = mask_BT.double()
+    if aggregation == "token_mean":
+        return mask_BT / max(num_tokens, 1)
+    if aggregation == "sequence_mean":
+        return mask_BT / mask_BT.sum(1, keepdim=True).clamp_min(1) / num_completions
+    if aggregation == "constant":
+        return mask_BT / (num_completions * max_tokens)
+    raise ValueError(f"aggregation {aggregation!r} is not one of token_mean, sequence_mean, constant")
 
 
 def policy_loss(
@@ -48,32 +112,58 @@ def policy_loss(
     old_logps_BT: Tensor,
     advantages_B: Tensor,
     mask_BT: Tensor,
-    denominator: float | Tensor,
+    weights_BT: Tensor,
+    ratio: str = "token",
+    clip: str = "ppo",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     ref_logps_BT: Tensor | None = None,
     beta: float = 0.0,
+    kl: str = "k3",
     kl_clamp: float = 10.0,
+    entropy_BT: Tensor | None = None,
+    entropy_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate with KL penalty, summed over completion tokens and divided by `denominator`.
+    """Sum over tokens of weight x (surrogate + beta x KL - entropy_coef x entropy); DeepSeekMath eq. 3.
 
-    DeepSeekMath eq. 3; with clip_high > clip_low DAPO's eq. 10; with the step's number of completion tokens (over all
-    micro-batches and processes) as the denominator, DAPO's token mean (eq. 12). Returns the loss and, without
-    gradient, sums over tokens: `kl`, `clipped` (tokens whose ratio is clipped against its advantage).
+    `ratio` r of the policy to the one that sampled: per token, or per sequence, exp of the mean log-ratio of the
+    completion's tokens (GSPO eq. 7). `clip`, with c(r) = r clipped to [1 - clip_low, 1 + clip_high]:
+    ppo: -min(r A, c(r) A), with clip_high > clip_low DAPO's eq. 10; none: -r A; cispo: -sg(c(r)) A log p, sg being
+    stop-gradient (MiniMax-M1 eq. 4 and 5). What lies outside `mask_BT` has no influence.
+
+    Returns the loss and, without gradient, sums over tokens: `kl`, and `clipped`, the tokens whose clip is active.
     """
-    mask_BT = mask_BT.to(logps_BT.dtype)
+    zero = logps_BT.new_zeros(())
+    log_ratio_BT = torch.where(mask_BT, logps_BT - torch.where(mask_BT, old_logps_BT, zero), zero)
+    if ratio == "sequence":
+        log_ratio_B1 = log_ratio_BT.sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp_min(1)
+        ratio_BT = log_ratio_B1.exp().expand_as(log_ratio_BT)
+    elif ratio == "token":
+        ratio_BT = log_ratio_BT.exp()
+    else:
+        raise ValueError(f"ratio {ratio!r} is not one of token, sequence")
     advantages_B1 = advantages_B[:, None]
-    ratio_BT = (logps_BT - old_logps_BT).exp()
     clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
-    per_token_BT = -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
-    kl_BT = torch.zeros_like(logps_BT)
+    if clip == "ppo":
+        surrogate_BT = -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
+        is_clipped_BT = clipped_BT * advantages_B1 < ratio_BT * advantages_B1
+    elif clip == "cispo":
+        surrogate_BT = -clipped_BT.detach() * advantages_B1 * torch.where(mask_BT, logps_BT, zero)
+        is_clipped_BT = (clipped_BT != ratio_BT) & (advantages_B1 != 0)
+    elif clip == "none":
+        surrogate_BT = -ratio_BT * advantages_B1
+        is_clipped_BT = torch.zeros_like(mask_BT)
+    else:
+        raise ValueError(f"clip {clip!r} is not one of ppo, cispo, none")
+    per_token_BT, kl_BT = surrogate_BT, torch.zeros_like(logps_BT)
     if beta:
-        kl_BT = kl_estimate(logps_BT, ref_logps_BT, clamp=kl_clamp)
+        pair = (torch.where(mask_BT, x, zero) for x in (logps_BT, ref_logps_BT))
+        kl_BT = kl_estimate(*pair, kl, kl_clamp)
         per_token_BT = per_token_BT + beta * kl_BT
-    with torch.no_grad():
-        is_clipped_BT = (clipped_BT * advantages_B1 < ratio_BT * advantages_B1).to(mask_BT.dtype)
-        sums = {"kl": (kl_BT * mask_BT).sum(), "clipped": (is_clipped_BT * mask_BT).sum()}
-    return (per_token_BT * mask_BT).sum() / denominator, sums
+    if entropy_coef:
+        per_token_BT = per_token_BT - entropy_coef * torch.where(mask_BT, entropy_BT, zero)
+    sums = {"kl": (kl_BT.detach() * mask_BT).sum(), "clipped": (is_clipped_BT & mask_BT).sum().to(logps_BT.dtype)}
+    return (per_token_BT * weights_BT.to(logps_BT.dtype)).sum(), sums
 
 
 def group_stats(rewards_PG: Tensor, tolerance: float = 1e-4, good: float = 0.999) -> dict[str, float]:

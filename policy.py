@@ -9,23 +9,25 @@ One row holds, per video, the prompt and then its G completions, ragged and with
 
 A completion token sees its prompt and its own past. Its rotary position goes on where the prompt ends, whatever
 completions stand between; the first token of each completion is predicted by the prompt's last hidden state.
+
+With LoRA a saved model is an adapter folder, which `model.path` takes as well. The full model, for other programs:
+
+    python policy.py merge runs/grpo/final runs/grpo/merged
 """
 
+import argparse
+import json
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
-)
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import cached_file
@@ -36,6 +38,8 @@ from data import Prompt
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 HEAD_CHUNK = 512  # completion tokens per chunk of the head: their (chunk, V) float32 logits are all that is kept
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
+LORA_TEXT = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"  # modules of both families that get an adapter
+LORA_MERGER = r"model\.visual\.merger\.mlp\.(0|2)"
 
 
 @dataclass(frozen=True)
@@ -147,10 +151,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, spans=Non
     """
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    outputs, sizes = (
-        [],
-        [span.end - span.start for span in spans],
-    )  # one split: a slice each costs its backward O(S)
+    outputs, sizes = [], [span.end - span.start for span in spans]  # one split: a slice each costs its backward O(S)
     rows = zip(spans, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
     for span, q, k, v in rows:
         num = span.prompt_end - span.start
@@ -187,12 +188,16 @@ AttentionMaskInterface.register("shared_prefix", sdpa_mask)
 class Policy(nn.Module):
     """A video language model as a distribution over completions.
 
-    `temperature` divides the logits and `banned` ids have probability 0, in sampling and scoring alike.
+    `temperature` divides the logits and `banned` ids have probability 0, in sampling and scoring alike. `adapter` is
+    peft's wrapper of `model`, None without LoRA. `vision_is_frozen`: nothing under the tower or merger is trained.
     """
 
-    def __init__(self, model, tokenizer, temperature: float = 1.0):
+    def __init__(self, model, tokenizer, temperature: float = 1.0, adapter: PeftModel | None = None):
         super().__init__()
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        self.__dict__["adapter"] = adapter  # not a submodule: its parameters are those of `model`
+        # read once: peft takes requires_grad away while the adapter is off
+        self.vision_is_frozen = not any(p.requires_grad for p in model.model.visual.parameters())
         self.register_buffer("banned", banned_ids(model.config, tokenizer), persistent=False)
         self.eos_ids, self.pad_id = _stop_ids(model.generation_config, tokenizer)
         # generate() fills what it is not told from the checkpoint (a repetition penalty, a near-zero temperature)
@@ -201,6 +206,13 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.banned.device
+
+    def adapter_off(self) -> AbstractContextManager:
+        """A context in which the policy is the model it started from: the reference. Nothing happens without LoRA.
+
+        Embeddings made before hold the merger's adapter, if any: inside, let `forward` run the tower again.
+        """
+        return nullcontext() if self.adapter is None else self.adapter.disable_adapter()
 
     def embed_videos(self, prompts: Sequence[Prompt]) -> Tensor:
         """Run the vision tower once over all videos; (sum of their tokens, H) in the order of the prompts."""
@@ -219,10 +231,13 @@ class Policy(nn.Module):
         holes = (ids == self.model.config.video_token_id).unsqueeze(-1).expand_as(embeds)
         return embeds.masked_scatter(holes, video_embeds.to(embeds.dtype))
 
-    def forward(self, packed: Packed, video_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Log-prob of each completion token, and the entropy (nats, no gradient) of the distribution it came from.
+    def forward(
+        self, packed: Packed, video_embeds: Tensor | None = None, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob of each completion token, and the entropy (nats) of the distribution it came from.
 
         `video_embeds` (sum of video tokens, H) spares the tower a run; None runs it, with gradients if it has any.
+        The entropy has a gradient only with `entropy_grad`, for a bonus in the loss.
         Returns two float32 tensors (N,), in the order of `packed.targets_N`.
         """
         if video_embeds is None:
@@ -235,22 +250,24 @@ class Policy(nn.Module):
             use_cache=False,
             spans=packed.spans,
         ).last_hidden_state
-        return self._head(hidden_1SH[0, packed.predictor_N], packed.targets_N)
+        return self._head(hidden_1SH[0, packed.predictor_N], packed.targets_N, entropy_grad)
 
-    def _head(self, hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _head(self, hidden_NH: Tensor, targets_N: Tensor, entropy_grad: bool) -> tuple[Tensor, Tensor]:
         chunks = list(zip(hidden_NH.split(HEAD_CHUNK), targets_N.split(HEAD_CHUNK)))
         if torch.is_grad_enabled() and len(chunks) > 1:
-            parts = [checkpoint(self._head_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+            parts = [checkpoint(self._head_chunk, *chunk, entropy_grad, use_reentrant=False) for chunk in chunks]
         else:
-            parts = [self._head_chunk(*chunk) for chunk in chunks]
+            parts = [self._head_chunk(*chunk, entropy_grad) for chunk in chunks]
         logps, entropies = zip(*parts)
         return torch.cat(logps), torch.cat(entropies)
 
-    def _head_chunk(self, hidden_NH: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def _head_chunk(self, hidden_NH: Tensor, targets_N: Tensor, entropy_grad: bool) -> tuple[Tensor, Tensor]:
         logps_NV = self.log_softmax(self.model.lm_head(hidden_NH))
-        with torch.no_grad():
-            entropy_N = -(logps_NV.exp() * logps_NV.masked_fill(logps_NV == -torch.inf, 0.0)).sum(-1)
-        return logps_NV.gather(1, targets_N[:, None]).squeeze(1), entropy_N
+        logps_N = logps_NV.gather(1, targets_N[:, None]).squeeze(1)
+        if not entropy_grad:
+            logps_NV = logps_NV.detach()
+        # 0 for the -inf of banned ids: p log p and its gradient are 0 there, not NaN
+        return logps_N, -(logps_NV.exp() * logps_NV.masked_fill(logps_NV == -torch.inf, 0.0)).sum(-1)
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """Float32 log-probs (..., V) of the distribution that is sampled from and scored."""
@@ -264,37 +281,29 @@ def pad_rows(values_N: Tensor, lengths_B: Tensor, num_columns: int) -> Tensor:
     [[1.0, 0.0, 0.0], [2.0, 3.0, 0.0]]
     """
     mask_BT = torch.arange(num_columns, device=lengths_B.device) < lengths_B[:, None]
-    padded_BT = values_N.new_zeros(mask_BT.shape)
-    return padded_BT.masked_scatter(mask_BT, values_N)
+    return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
 
 
 def packed_logps(
-    policy: nn.Module, packed: Packed, video_embeds: Tensor | None, num_columns: int
+    policy: nn.Module, packed: Packed, video_embeds: Tensor | None, num_columns: int, entropy_grad: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (B, num_columns) of packed completions, 0 past their ends; `policy` may be wrapped."""
-    logps_N, entropy_N = policy(packed, video_embeds)
+    logps_N, entropy_N = policy(packed, video_embeds, entropy_grad)
     return pad_rows(logps_N, packed.lengths_B, num_columns), pad_rows(entropy_N, packed.lengths_B, num_columns)
 
 
 def banned_ids(config, tokenizer) -> Tensor:
     """Ids that are never sampled: vision placeholders and brackets, and embeddings past the tokenizer."""
-    names = (
-        "image_token_id",
-        "video_token_id",
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "vision_token_id",
-    )
-    special = {getattr(config, name, None) for name in names}
+    names = ("image", "video", "vision_start", "vision_end", "vision")
+    special = {getattr(config, f"{name}_token_id", None) for name in names}
     special |= {tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_pad", "image_pad", "video_pad")}
     ids = {i for i in special if i is not None} | set(range(len(tokenizer), config.text_config.vocab_size))
     return torch.tensor(sorted(ids))
 
 
 def _stop_ids(generation_config, tokenizer) -> tuple[list[int], int]:
-    eos = generation_config.eos_token_id
+    eos, pad = generation_config.eos_token_id, generation_config.pad_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
-    pad = generation_config.pad_token_id
     pad = tokenizer.pad_token_id if pad is None else pad
     if eos is None or pad is None:
         raise ValueError("neither generation_config.json nor the tokenizer names an EOS and a pad token")
@@ -302,44 +311,109 @@ def _stop_ids(generation_config, tokenizer) -> tuple[list[int], int]:
 
 
 def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
-    """Load a Hugging Face folder or hub id, frozen as the config says.
+    """Load a Hugging Face folder or hub id, frozen as the config says, with new adapters where it says so (LoRA).
 
+    An adapter folder gives the full model it names with its adapter merged in, in `cfg.dtype`; a relative name counts
+    from the working folder, as all paths of a config do.
     Raises ValueError in one line for what is missing, unreadable, of another family or short of weights.
     """
+    full, where = cfg.path, f"model.path {cfg.path}"
     try:
-        config = AutoConfig.from_pretrained(cfg.path)
+        full, *adapters = _layers(cfg.path)
+        where += f", an adapter of {full}" if adapters else ""
+        config = AutoConfig.from_pretrained(full)
         if config.model_type not in FAMILIES:
             raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
-        tokenizer = AutoTokenizer.from_pretrained(cfg.path)
+        tokenizer = AutoTokenizer.from_pretrained(full)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            cfg.path,
-            dtype=getattr(torch, cfg.dtype),
-            attn_implementation="shared_prefix",
-            output_loading_info=True,
+            full, dtype=getattr(torch, cfg.dtype), attn_implementation="shared_prefix", output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        hint = "; `python tiny.py` writes the embedded default" if not Path(cfg.path).exists() else ""
-        raise ValueError(f"model.path {cfg.path}: {' '.join(str(error).split())[:300]}{hint}") from None
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise ValueError(
-            f"model.path {cfg.path}: no weights for {sorted(info['missing_keys'])[:3]} or of another shape"
-        )
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise ValueError(f"no weights for {sorted(info['missing_keys'])[:3]} or of another shape")
+        for folder in adapters:
+            model = _merged(model, folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        hint = "; `python tiny.py` writes the embedded default" if not Path(full).exists() else ""
+        raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}{hint}") from None
     model.set_attn_implementation({"vision_config": "flash_windows"})
     if cfg.freeze_vision:
         model.model.visual.requires_grad_(False)
+    adapter = _add_adapter(model, cfg) if cfg.lora_rank else None
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model, tokenizer, temperature)
+        model.disable_input_require_grads()  # a need of reentrant checkpoints: the frozen tower would get a backward
+    return Policy(model, tokenizer, temperature, adapter)
+
+
+def _layers(path: str) -> list[str]:
+    """A model folder as [full model, adapter, ...]: an adapter's base may be an adapter folder too."""
+    file = Path(path, "adapter_config.json")
+    if not file.is_file():
+        return [path]
+    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{file} has no base_model_name_or_path")
+    return [*_layers(base), path]
+
+
+def _merged(model, folder: str):
+    """`model` with the weights of an adapter folder added to its own, and all of it trainable."""
+    wrapper = PeftModel(model, PeftConfig.from_pretrained(folder))
+    info = wrapper.load_adapter(folder, "default")
+    if info.missing_keys or info.unexpected_keys:
+        raise ValueError(f"weights that are missing or unknown: {[*info.missing_keys, *info.unexpected_keys][:3]}")
+    return wrapper.merge_and_unload().requires_grad_(True)
+
+
+def _add_adapter(model, cfg: ModelConfig) -> PeftModel:
+    """Low-rank adapters, the only thing that is trained from here on; in float32 whatever the model's dtype.
+
+    A is random (set the seed first) and B is 0, so that the start is the model as it was. No dropout: the log-prob of
+    a sampled token and its scored one would be those of different models.
+    """
+    targets = f"{LORA_TEXT}|{LORA_MERGER}" if cfg.lora_merger else LORA_TEXT
+    model.name_or_path = cfg.path  # what peft saves as the adapter's base
+    return get_peft_model(model, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets))
 
 
 def save_model(policy: Policy, folder: str | Path, source: str) -> None:
-    """Write a Hugging Face folder that `from_pretrained` loads: our weights, every other file as `source` has it."""
+    """Write a Hugging Face folder: our weights, with LoRA the adapter's alone, every other file as `source` has it.
+
+    Where `source` is an adapter folder, those files are the full model's.
+    """
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    policy.model.save_pretrained(aside)
-    for file in Path(cached_file(source, "config.json")).parent.iterdir():
+    if policy.adapter is None:
+        policy.model.save_pretrained(aside)
+    else:
+        policy.adapter.save_pretrained(aside, save_embedding_layers=False)
+    for file in Path(cached_file(_layers(source)[0], "config.json")).parent.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHT_FILES):
             shutil.copyfile(file, aside / file.name)
+    if policy.adapter is not None:  # transformers takes a folder with a config.json for a full model
+        for name in ("config.json", "README.md"):
+            (aside / name).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`merge`, in float32, so that no small update is rounded away here; a user's error ends with one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(required=True).add_parser("merge", help="write the full model of an adapter folder")
+    command.add_argument("adapter", help="folder with an adapter_config.json")
+    command.add_argument("out", help="folder to write")
+    args = parser.parse_args(argv)
+    try:
+        if len(_layers(args.adapter)) == 1:
+            raise ValueError(f"{args.adapter} is no adapter folder: it has no adapter_config.json")
+        if Path(args.out).exists():
+            raise ValueError(f"{args.out} exists")
+        save_model(load_policy(ModelConfig(path=args.adapter)), args.out, args.adapter)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,22 +1,33 @@
-"""Text and target to a reward: answer parsing, temporal IoU and the weighted sum of the parts.
+"""Text and target to a reward: answer parsing, temporal IoU, the weighted parts, and reward functions in TRL's form.
 
 Not a model, a metric (`eval.py`) or a loader: a bad ground truth is rejected when the data is read.
-Everything here is total: any response gives finite numbers in [0, 1] in time linear in its length, without
-`eval`.
+The built-in reward is total: any response gives finite numbers in [0, 1] in time linear in its length, without
+`eval`. A reward function of the user's that fails is one error, `RewardFunctionError`.
 """
 
+import asyncio
+import importlib.machinery
+import importlib.util
+import inspect
 import json
 import math
 import re
 import string
-from collections.abc import Iterable, Sequence
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 Segment = tuple[float, float]  # (start, end) in seconds, start <= end
 
 PARTS = {"tvg": ("format", "iou"), "mcqa": ("format", "answer"), "gqa": ("format", "answer", "iou")}
 MAX_ANSWER_CHARS = 4000  # a longer answer block is malformed; bounds the number of segments as well
+COLUMNS = (
+    "id", "task", "video", "question", "duration", "options", "answer", "segments", "clip", "type", "response",
+)  # fmt: skip
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TIME_KEYS = (("start_time", "end_time"), ("start", "end"))
@@ -25,15 +36,33 @@ _SPAN = re.compile(rf"({_TIME}) ?(?:to|[-–—]) ?({_TIME})", re.ASCII | re.IGN
 _SEPARATOR = re.compile(r" ?[,;] ?(?:and )?| and ", re.ASCII | re.IGNORECASE)
 _SECONDS = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: ?s(?:ecs?|econds?)?)?", re.ASCII | re.IGNORECASE)
 _CLOCK = re.compile(r"(?:([0-9]{1,3}):([0-5][0-9])|([0-9]{1,3})):([0-5][0-9](?:\.[0-9]+)?)", re.ASCII)
+_LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _LETTER_HEAD = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.,:;)]|$))[.,:;)]? ?(.*)", re.ASCII)
+
+
+_TAKEN = {"format", "answer", "iou", "total", "overlong"}  # names of metrics `reward/<part>` that are not for functions
+_ASYNC = asyncio.Runner()  # one event loop for all steps: a client that a function keeps stays usable
 
 
 @dataclass(frozen=True)
 class Reward:
-    """One response's reward: the weighted mean of its parts, and the parts; every number in [0, 1]."""
+    """One response's reward: the weighted mean of the built-in parts, each in [0, 1], plus the reward functions'."""
 
     total: float
     parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function of `rewards.functions`: adds `weight` x its value to the total; the value is the part `name`."""
+
+    name: str
+    call: Callable[..., Any]
+    weight: float
+
+
+class RewardFunctionError(ValueError):
+    """A reward function that raised, or returned what is no reward: names the function, the step and the sample."""
 
 
 def temporal_iou(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
@@ -47,6 +76,50 @@ def temporal_iou(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
     """
     union_s = _length(_merge([*pred, *truth]))
     return min(1.0, _overlap(_merge(pred), _merge(truth)) / union_s) if union_s > 0 else 0.0
+
+
+def timestamp_iou(pred: Sequence[Segment], truth: Sequence[Segment], duration: float | None) -> float:
+    """Time-R1's timestamp-aware IoU: IoU x (1 - |start - start'| / duration) x (1 - |end - end'| / duration).
+
+    Segments and `duration` in seconds from 0; in [0, 1]. Of several segments the IoU is that of the unions, start and
+    end are those of the hull. With `duration` None the last end of either side stands in for it: no video that holds
+    both is shorter. Never above the IoU, so a miss pays 0. (Time-R1, arXiv 2503.13377, whose code divides by the hull
+    where this divides by the union: the same for two spans that overlap.)
+
+    >>> round(timestamp_iou([(3, 7)], [(5, 9)], 20), 6)  # 1/3 x 0.9 x 0.9
+    0.27
+    """
+    iou = temporal_iou(pred, truth)
+    if iou == 0:
+        return 0.0
+    (start, end), (true_start, true_end) = _hull(pred), _hull(truth)
+    length_s = duration or max(end, true_end)
+    return iou * max(0.0, 1 - abs(start - true_start) / length_s) * max(0.0, 1 - abs(end - true_end) / length_s)
+
+
+def distance_iou(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
+    """Distance-IoU in one dimension, IoU - (d / c)^2, mapped from [-1, 1] to [0, 1] by (1 + x) / 2.
+
+    d is the distance of the centres, c the length of the hull of both sides. (Zheng et al. 2020, arXiv 1911.08287,
+    eq. 7: the loss 1 - IoU + d^2 / c^2.) Of several segments the centre is that of the hull, the IoU the smaller of
+    the unions' and the hulls': points at both ends of the video, which cost no IoU, would lower d / c for any answer.
+    0 for an empty side.
+
+    It tells misses apart, and so pays them: a span beside the truth gets 3/8 where they touch and less the farther
+    off, a point inside the truth or pieces on both sides of it up to 1/2, the whole video 1/2 and more unless the
+    truth is short and off its centre. The map is affine: advantages divided by the group's standard deviation are
+    those of the unmapped value while no other part differs; next to other parts its spread is half.
+
+    >>> distance_iou([(0, 2)], [(6, 8)]), distance_iou([(0, 20)], [(4, 8)])  # (1 - (6/8)^2) / 2, (1 + 0.2 - 0.04) / 2
+    (0.21875, 0.58)
+    """
+    if not pred or not truth:
+        return 0.0
+    (start, end), (true_start, true_end) = hulls = _hull(pred), _hull(truth)
+    iou = min(temporal_iou(pred, truth), temporal_iou(hulls[:1], hulls[1:]))
+    hull_s = max(end, true_end) - min(start, true_start)
+    distance_s = abs((start - true_start) / 2 + (end - true_end) / 2)
+    return (1 + iou - min(1.0, distance_s / hull_s) ** 2) / 2 if hull_s > 0 else 0.0
 
 
 def temporal_iop(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
@@ -149,11 +222,11 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
     """Reward of one response: sum(weight x part) / sum(weights) over the parts of the sample's task.
 
     `sample` has `task`, `options`, `answer`, `segments` and `duration` (seconds, or None: spans are not
-    clipped); `cfg` has `prompt.think`, `rewards.format_gates_task` and, for each task, weights such as
-    `rewards.tvg.iou`, of which at least one counts. Predicted segments are clipped to [0, duration]. With the
-    gate, `format` is 1 only when every part of the answer parses as well, and the task's parts count only
-    then; without it `format` is the layout alone. A truth without length, which the data loader refuses,
-    scores 0.
+    clipped); `cfg` has `prompt.think`, `rewards.format_gates_task`, `rewards.overlap` (which overlap the part `iou`
+    is: `iou`, `timestamp_iou` or `distance_iou`) and, for each task, weights such as `rewards.tvg.iou`; with all of
+    them 0 the total is 0. Predicted segments are clipped to [0, duration]. With the gate, `format` is 1 only when
+    every part of the answer parses as well, and the task's parts count only then; without it `format` is the layout
+    alone. A truth without length, which the data loader refuses, has IoU 0.
     """
     part_names, weights = PARTS[sample.task], getattr(cfg.rewards, sample.task)
     values = {"format": float(_layout_ok(text, cfg.prompt.think))}
@@ -165,12 +238,67 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
     if "iou" in part_names:
         segments = parse_segments(text)
         parsed = parsed and bool(segments)
-        values["iou"] = temporal_iou(_clip(segments, sample.duration), sample.segments)
+        values["iou"] = _overlap_part(cfg.rewards.overlap, segments, sample)
     if cfg.rewards.format_gates_task and not (parsed and values["format"]):
         values = dict.fromkeys(part_names, 0.0)
     weight = {name: getattr(weights, name) for name in part_names}
-    total = sum(weight[name] * values[name] for name in part_names) / sum(weight.values())
-    return Reward(total, values)
+    total = sum(weight[name] * values[name] for name in part_names)
+    return Reward(total / (sum(weight.values()) or 1.0), values)
+
+
+def score_all(
+    texts: Sequence[str],
+    samples: Sequence[Any],
+    cfg: Any,
+    functions: Sequence[RewardFunction],
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    step: int = 0,
+) -> list[Reward]:
+    """`score` of B responses, plus weight x value of each reward function, called once for the whole batch.
+
+    As TRL calls it: f(prompts=, completions=, completion_ids=, trainer_state=, **columns), all but the state lists of
+    B; columns are the record's fields (`COLUMNS`) and the keys of its `extra`, None where a row has none. Prompts (the
+    questions) and completions are strings, or with `rewards.conversational` lists of one message; the state has
+    `global_step` and `max_steps`. It returns B numbers, as a coroutine if it likes; None adds nothing and is no part.
+    Raises RewardFunctionError when it raises or returns anything else.
+    """
+    rewards = [score(text, sample, cfg) for text, sample in zip(texts, samples, strict=True)]
+    for function in functions if rewards else ():
+        values = _values(function, _keywords(texts, samples, cfg, completion_ids, step), samples, step)
+        for i, value in enumerate(values):
+            if value is not None:
+                total = rewards[i].total + function.weight * value
+                rewards[i] = Reward(total, rewards[i].parts | {function.name: value})
+    return rewards
+
+
+def load_functions(functions: dict[str, float]) -> list[RewardFunction]:
+    """Import the reward functions of {"path/to/file.py:function": weight}, each file once.
+
+    Paths count from the working directory. A part is named after its function, and by the whole key where another
+    function or a metric has that name. Raises ValueError naming file and function, in one line.
+    """
+    names = [key.rpartition(":")[2] for key in functions]
+    modules: dict[Path, ModuleType] = {}
+    loaded = []
+    for (key, weight), name in zip(functions.items(), names):
+        path, colon, _ = key.rpartition(":")
+        if not colon:
+            raise ValueError(f"rewards.functions: {key!r} is not of the form path/to/file.py:function")
+        path = Path(path).resolve()
+        if not path.is_file():
+            raise ValueError(f"rewards.functions: {key}: file not found")
+        if path not in modules:
+            try:
+                modules[path] = _import_file(path)
+            except Exception as error:  # whatever the user's file raises
+                raise ValueError(f"rewards.functions: {key}: the file does not import: {_one_line(error)}") from error
+        function = getattr(modules[path], name, None)
+        if not callable(function):
+            raise ValueError(f"rewards.functions: {key}: the file has no function {name!r}")
+        unique = names.count(name) == 1 and name not in _TAKEN
+        loaded.append(RewardFunction(name if unique else key, function, float(weight)))
+    return loaded
 
 
 def format_answer(sample: Any) -> str:
@@ -183,6 +311,72 @@ def format_answer(sample: Any) -> str:
     if "iou" in part_names:
         pieces += [f"{_decimal(start)} to {_decimal(end)}" for start, end in sample.segments]
     return f"<answer>{', '.join(pieces)}</answer>"
+
+
+def _overlap_part(kind: str, segments: list[Segment], sample: Any) -> float:
+    pred = _clip(segments, sample.duration)
+    if kind == "timestamp_iou":
+        return timestamp_iou(pred, sample.segments, sample.duration)
+    return {"iou": temporal_iou, "distance_iou": distance_iou}[kind](pred, sample.segments)
+
+
+def _keywords(texts: Sequence[str], samples: Sequence[Any], cfg: Any, completion_ids: Any, step: int) -> dict[str, Any]:
+    """What a reward function is called with, in new lists for each: one that changes its own disturbs no other."""
+    prompts, completions = [sample.question for sample in samples], list(texts)
+    if cfg.rewards.conversational:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+    named = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+    named["trainer_state"] = SimpleNamespace(global_step=step, max_steps=cfg.run.steps)
+    extras = [sample.extra or {} for sample in samples]
+    extra = {key: [row.get(key) for row in extras] for key in {key: None for row in extras for key in row}}
+    return extra | {name: [getattr(sample, name) for sample in samples] for name in COLUMNS} | named
+
+
+def _values(function: RewardFunction, keywords: dict, samples: Sequence[Any], step: int) -> list[float | None]:
+    """What the function returns for B samples, checked; raises RewardFunctionError."""
+    where, ids = f"reward function {function.name}, step {step}", [sample.id for sample in samples]
+    batch = f"the batch of {len(ids)} completions that begins with sample {ids[0]!r}"
+    try:
+        values = function.call(**keywords)
+        if inspect.iscoroutine(values):
+            values = _ASYNC.run(values)
+    except Exception as error:  # whatever the user's function raises
+        raise RewardFunctionError(f"{where}: {_one_line(error)}, on {batch}") from error
+    is_vector = isinstance(values, Sequence) or getattr(values, "ndim", None) == 1  # 1-d: an array or a tensor
+    if isinstance(values, str | bytes) or not is_vector:
+        raise RewardFunctionError(f"{where}: returned {type(values).__name__}, not a list, for {batch}")
+    if len(values) != len(ids):
+        raise RewardFunctionError(f"{where}: returned {len(values)} values for {batch}")
+    return [_value(value, f"{where}, sample {sample_id!r}") for value, sample_id in zip(values, ids)]
+
+
+def _value(value: Any, where: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor of several numbers
+        raise RewardFunctionError(f"{where}: {type(value).__name__} is not a number") from error
+    if not math.isfinite(number):
+        raise RewardFunctionError(f"{where}: returned {str(value)[:40]!r}, not a finite number")
+    return number
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"reward_functions_{zlib.crc32(bytes(path)):08x}"
+    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(path)))
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses and pickle look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+def _hull(segments: Sequence[Segment]) -> Segment:
+    return min(start for start, _ in segments), max(end for _, end in segments)
 
 
 def _merge(segments: Iterable[Segment]) -> list[Segment]:
@@ -220,14 +414,15 @@ def _clip(segments: list[Segment], duration: float | None) -> list[Segment]:
 
 
 def _layout_ok(text: str, think: bool) -> bool:
-    """Exactly one answer block, after exactly one non-empty think block when thinking, and nothing else."""
+    """Exactly one answer block, after exactly one think block with a letter or digit when thinking, nothing else."""
     text = text.strip()
     if [text.count(tag) for tag in _TAGS] != [think, think, 1, 1] or not text.endswith("</answer>"):
         return False
     thought = text[: text.index("<answer>")].rstrip()
     if not think:
         return not thought
-    return thought.startswith("<think>") and thought.endswith("</think>") and bool(thought[7:-8].strip())
+    is_block = thought.startswith("<think>") and thought.endswith("</think>")
+    return is_block and _LETTER_OR_DIGIT.search(thought[7:-8]) is not None
 
 
 def _clean(answer: str) -> str:

@@ -33,8 +33,35 @@ class Rollout:
     def completions(self) -> list[list[list[int]]]:
         """Token ids without padding: P lists of G lists."""
         rows = [tokens[mask].tolist() for tokens, mask in zip(self.tokens_BT.cpu(), self.mask_BT.cpu())]
-        size = len(rows) // len(self.prompts)
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [rows[i : i + self.group_size] for i in range(0, len(rows), self.group_size)]
+
+    @property
+    def group_size(self) -> int:
+        return len(self.texts) // len(self.prompts)
+
+    def take(self, groups: Sequence[int]) -> "Rollout":
+        """The rollout of these groups alone, in this order."""
+        rows = [p * self.group_size + g for p in groups for g in range(self.group_size)]
+        return Rollout(
+            prompts=tuple(self.prompts[p] for p in groups),
+            tokens_BT=self.tokens_BT[rows],
+            mask_BT=self.mask_BT[rows],
+            logps_BT=self.logps_BT[rows],
+            truncated_B=self.truncated_B[rows],
+            texts=[self.texts[row] for row in rows],
+        )
+
+    @staticmethod
+    def join(rollouts: Sequence["Rollout"]) -> "Rollout":
+        """Several rollouts of one group size as one."""
+        return Rollout(
+            prompts=tuple(prompt for rollout in rollouts for prompt in rollout.prompts),
+            tokens_BT=_stack([rollout.tokens_BT for rollout in rollouts], 0),
+            mask_BT=_stack([rollout.mask_BT for rollout in rollouts], False),
+            logps_BT=_stack([rollout.logps_BT for rollout in rollouts], 0.0),
+            truncated_B=torch.cat([rollout.truncated_B for rollout in rollouts]),
+            texts=[text for rollout in rollouts for text in rollout.texts],
+        )
 
 
 class GumbelSampler(LogitsProcessor):

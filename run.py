@@ -58,10 +58,13 @@ def use_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
-def check_precision(dtype: str) -> None:
-    """Raises ValueError where steps of 1e-6 would be lost in the rounding of bfloat16 weights."""
-    if dtype == "bfloat16" and not use_deepspeed():
-        raise ValueError("model.dtype=bfloat16 trains under DeepSpeed only, which keeps float32 weights beside them")
+def check_precision(cfg) -> None:
+    """Raises ValueError where steps of 1e-6 would be lost in the rounding of bfloat16 weights. `cfg`: section model."""
+    if cfg.dtype == "bfloat16" and not cfg.lora_rank and not use_deepspeed():
+        raise ValueError(
+            "model.dtype=bfloat16 trains with adapters (model.lora_rank), which are float32, or under DeepSpeed, "
+            "which keeps float32 weights beside them"
+        )
 
 
 class Run:
@@ -154,8 +157,8 @@ class Run:
         self.accelerator.log(metrics, step=step)
 
     def log_samples(self, rows: Sequence[dict]) -> None:
-        """Append the rows of all processes, in rank order, to samples.jsonl."""
-        rows = gather_object(list(rows))
+        """Append the rows of all processes, in the order of their `group`, to samples.jsonl."""
+        rows = sorted(gather_object(list(rows)), key=lambda row: row["group"])
         if self.is_main:
             with open(self.dir / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -164,6 +167,10 @@ class Run:
         """The same numbers summed over all processes; every process must bring the same keys."""
         tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
         return dict(zip(values, self.accelerator.reduce(tensor, "sum").tolist(), strict=True))
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, in rank order; every process must bring equally many."""
+        return self.accelerator.gather(rows.to(self.accelerator.device)).cpu()
 
     def maximum(self, value: float) -> float:
         tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
@@ -187,20 +194,23 @@ class Run:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def backward(self, model, micro_batches: Sequence, loss_of: Callable) -> None:
+    def backward(self, model, micro_batches: Sequence, loss_of: Callable, spare=None) -> None:
         """Gradients of the sum of `loss_of(micro_batch)`; each is already divided by the step's denominator.
 
-        The number of passes is the largest of all processes: one that has run out repeats its first micro-batch with
-        weight 0, so that every collective call finds its partners. Engines average over processes; we want the sum.
+        The number of passes is the largest of all processes: one that has run out passes the micro-batch `spare`, by
+        default its first, with weight 0, so that every collective call finds its partners. Engines average over
+        processes; we want the sum.
         """
         num, world = int(self.maximum(len(micro_batches))), self.accelerator.num_processes
+        spare = micro_batches[0] if spare is None else spare
         for i in range(num):
             last = i == num - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reduces and steps at the last one
             delay = self.accelerator.distributed_type in DDP and not last
             with model.no_sync() if delay else nullcontext():
-                loss = loss_of(micro_batches[i if i < len(micro_batches) else 0])
-                self.accelerator.backward(loss * world if i < len(micro_batches) else loss * 0.0)
+                ours = i < len(micro_batches)
+                loss = loss_of(micro_batches[i] if ours else spare)
+                self.accelerator.backward(loss * (world if ours else 0.0))
 
     def step(self, model, optimizer, grad_clip: float) -> float:
         """Clip, step and clear; returns the gradient norm before clipping."""

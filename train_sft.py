@@ -34,23 +34,24 @@ def target_ids(prompts: list[Prompt], policy, think: bool) -> list[list[list[int
 def update(policy, optimizer, prompts, targets, num_tokens: float, cfg: SftConfig, run: Run) -> tuple[float, float]:
     """One optimizer step; returns the loss over all processes and the gradient norm."""
     raw, size = run.accelerator.unwrap_model(policy), cfg.data.micro_batch_size
-    losses = {}  # by micro-batch: one that Run.backward repeats counts once
+    losses = []
 
     def loss_of(rows: slice):
         packed = pack(prompts[rows], targets[rows], raw.model.config, raw.device)
         loss = -policy(packed)[0].sum() / num_tokens
-        losses[rows.start] = loss.item()
+        losses.append(loss.item())
         return loss
 
     policy.train()
-    run.backward(policy, [slice(i, i + size) for i in range(0, len(prompts), size)], loss_of)
+    micro_batches = [slice(i, i + size) for i in range(0, len(prompts), size)]
+    run.backward(policy, micro_batches, loss_of)
     grad_norm = run.step(policy, optimizer, cfg.optim.grad_clip)
-    return run.sums({"loss": sum(losses.values())})["loss"], grad_norm
+    return run.sums({"loss": sum(losses[: len(micro_batches)])})["loss"], grad_norm
 
 
 def train(cfg: SftConfig, resume: bool = False) -> Run:
     with user_errors():
-        check_precision(cfg.model.dtype)
+        check_precision(cfg.model)
         run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed)
         for sample in samples:

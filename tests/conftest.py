@@ -1,18 +1,25 @@
-"""A small world with both model families, written once per test session."""
+"""A small world with both model families, written once per test session, and what several files use of the loops."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import config
 import data
 import tiny
+import train_sft
 from policy import Policy, load_policy
+from run import Run
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 PROMPT = {"think": False, "system_plain": "", "tvg": "{question}", "mcqa": "{question}\n{options}"}
+
+MACHINE = ("time/", "memory/", "tokens_per_s")  # metrics that differ from run to run
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +78,55 @@ def make_prompts(world: Path, policy: Policy, num: int = 3, name: str = "mix_tra
     )
     samples = data.read_samples(str(world / f"{name}.yaml"))
     return builder.many(samples[:: max(1, len(samples) // num)][:num])
+
+
+class RecordingSGD(torch.optim.SGD):
+    """Plain SGD, whose step is linear in the gradient (Adam's hides a wrong scale), and which keeps the gradients."""
+
+    def step(self, closure=None):
+        self.grads = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        return super().step(closure)
+
+
+def sgd(model, cfg) -> RecordingSGD:
+    """In the place of run.make_optimizer."""
+    return RecordingSGD([p for p in model.parameters() if p.requires_grad], lr=cfg.lr)
+
+
+def sft_cfg(world, tmp_path, *overrides) -> config.SftConfig:
+    """The sections of conftest.make_cfg that supervised tuning has too."""
+    cfg = make_cfg(world, tmp_path, *overrides)
+    return config.SftConfig(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(config.SftConfig)})
+
+
+def open_run(cfg) -> Run:
+    return Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, "none", resume=False, keep=1)
+
+
+def read_jsonl(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def metrics_of(run_dir, machine: bool = False) -> list[dict]:
+    """Rows of metrics.jsonl without what depends on the machine."""
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if machine or not k.startswith(MACHINE)} for row in rows]
+
+
+def weights_of(run_dir) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def sft_run(world, tmp_path_factory):
+    """Folder of a short supervised run: some of its answers have the format, few are right."""
+    folder = tmp_path_factory.mktemp("sft")
+    overrides = ("data.batch_size=16", "optim.lr=3e-3", "run.steps=12")
+    return train_sft.train(sft_cfg(world, folder, *overrides)).dir
+
+
+@pytest.fixture(scope="session")
+def taught(sft_run) -> tuple[str, ...]:
+    """Overrides under which a GRPO run starts from a model that earns rewards, different ones within a group."""
+    sizes = ("rollout.group_size=8", "rollout.max_new_tokens=12", "eval.max_new_tokens=12")
+    return f"model.path={sft_run}/final", *sizes

@@ -65,6 +65,16 @@ def test_optional_fields(folder):
     assert sample.response == "<answer>1 to 2</answer>" and sample.question == "When?"
 
 
+def test_further_columns_go_under_extra(folder):
+    extra = {"ground_truth": [1, {"a": None}], "level": 2, "": ""}
+    tvg, mcqa = read_samples(write(folder / "a.jsonl", TVG | {"extra": extra}, MCQA | {"extra": None}))
+    assert tvg.extra == extra and mcqa.extra is None
+    with pytest.raises(data.BadRecord, match="extra: the key 1 is not a text"):
+        data.to_sample(TVG | {"extra": {1: 2}}, folder)
+    with pytest.raises(ValueError, match="unknown key level; valid are .*; further columns go under extra$"):
+        read_samples(write(folder / "b.jsonl", TVG | {"level": 2}))
+
+
 def test_what_a_task_does_not_use_is_not_read(folder):
     tvg, mcqa = read_samples(write(folder / "a.jsonl", TVG | {"answer": "Z"}, MCQA | {"segments": "none"}))
     assert tvg.answer is None and mcqa.segments is None
@@ -112,6 +122,10 @@ def test_videos_beside_the_file_or_in_its_videos_folder(folder):
         (TVG, {"clip": [-1, 3]}, "clip must be [start, end] in seconds with start < end, got [-1, 3]"),
         (TVG, {"clip": 3}, "clip must be [start, end] in seconds with start < end, got 3"),
         (TVG, {"response": ["no"]}, "response must be a text, got ['no']"),
+        (TVG, {"extra": ["no"]}, "extra must be an object, got ['no']"),
+        (TVG, {"extra": {"level": 1, "segments": 2}}, "extra: the key segments is taken"),
+        (TVG, {"extra": {"source": "x"}}, "extra: the key source is taken"),
+        (TVG, {"extra": {"completions": 1}}, "extra: the key completions is taken"),
         (MCQA, {"options": ABSENT}, "options must be a list of 2 to 26 texts, got None"),
         (MCQA, {"options": ["x"]}, "options must be a list of 2 to 26 texts, got ['x']"),
         (MCQA, {"options": ["x", 2]}, "options must be a list of 2 to 26 texts, got ['x', 2]"),

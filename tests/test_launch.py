@@ -26,7 +26,9 @@ def launch(processes: int, cfg, tmp_path) -> list[dict]:
 
 
 def test_two_launched_processes_train_as_one(world, tmp_path):
-    cfg = make_cfg(world, tmp_path, "loss.beta=0.1", "data.micro_batch_size=1", "optim.lr=1e-4")
+    cfg = make_cfg(
+        world, tmp_path, "loss.beta=0.1", "group.skip_dead=false", "data.micro_batch_size=1", "optim.lr=1e-4"
+    )
     one, two = launch(1, cfg, tmp_path), launch(2, cfg, tmp_path)
     samples = [(tmp_path / f"run{n}" / "samples.jsonl").read_text() for n in (1, 2)]
     assert samples[0] == samples[1]

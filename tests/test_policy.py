@@ -43,8 +43,8 @@ def repeated_logps(policy, prompts, completions):
     return torch.cat(parts)
 
 
-def dense_logps(policy, packed):
-    """The packed row through transformers' own attention, with a dense (S, S) mask."""
+def dense_logits(policy, packed):
+    """(N, V) logits of the packed row through transformers' own attention, with a dense (S, S) mask."""
     size = len(packed.ids_S)
     mask = torch.zeros(size, size, dtype=torch.bool)
     for span in packed.spans:
@@ -57,7 +57,11 @@ def dense_logps(policy, packed):
         attention_mask=mask[None, None],
         use_cache=False,
     ).last_hidden_state
-    logps = policy.log_softmax(policy.model.lm_head(hidden[0, packed.predictor_N]))
+    return policy.model.lm_head(hidden[0, packed.predictor_N])
+
+
+def dense_logps(policy, packed):
+    logps = policy.log_softmax(dense_logits(policy, packed))
     return logps.gather(1, packed.targets_N[:, None]).squeeze(1)
 
 
@@ -142,6 +146,36 @@ def test_gradient_checkpointing_and_head_chunks_change_nothing(world, monkeypatc
     again = checkpointed(packed)[0]
     torch.testing.assert_close(again, logps, atol=1e-5, rtol=0)
     assert_same_gradients(gradients(checkpointed, again, weights), expected)
+
+
+def test_the_frozen_tower_gets_no_backward_under_gradient_checkpointing(world, family):
+    """transformers makes embeddings require gradients for reentrant checkpoints, the patches' too."""
+    policy = make_policy(world, family, gradient_checkpointing=True).train()
+    assert not policy.embed_videos(make_prompts(world, policy, num=1)).requires_grad
+
+
+@pytest.mark.parametrize("chunk", [512, 5])
+def test_entropy_and_its_gradient_equal_a_softmax_without_banned_ids(world, family, chunk, monkeypatch):
+    """Expected: autograd through a plain softmax over the allowed ids only, where no -inf occurs."""
+    monkeypatch.setattr("policy.HEAD_CHUNK", chunk)
+    policy = make_policy(world, family, gradient_checkpointing=True, freeze_vision=False).train()
+    policy.temperature = 0.7
+    prompts = make_prompts(world, policy)
+    packed = pack(prompts, completions_for(prompts), policy.model.config, "cpu")
+    weights = torch.randn(len(packed.targets_N), generator=torch.Generator().manual_seed(1))
+    allowed = sorted(set(range(policy.model.config.text_config.vocab_size)) - set(policy.banned.tolist()))
+    p_NA = (dense_logits(policy, packed)[:, allowed] / policy.temperature).softmax(-1)
+    expected = -(p_NA * p_NA.log()).sum(-1)
+    logps, entropy = policy(packed, entropy_grad=True)
+    torch.testing.assert_close(entropy, expected, atol=1e-5, rtol=0)
+    ours = gradients(policy, entropy, weights)
+    assert all(torch.isfinite(grad).all() for grad in ours.values())
+    assert_same_gradients(ours, gradients(policy, expected, weights))
+
+    plain_logps, plain_entropy = policy(packed)
+    assert torch.equal(plain_logps, logps) and torch.equal(plain_entropy, entropy) and not plain_entropy.requires_grad
+    padded_BT = packed_logps(policy, packed, None, 7, entropy_grad=True)[1]
+    assert_same_gradients(gradients(policy, padded_BT[padded_BT != 0], weights), ours)
 
 
 def test_window_attention_equals_transformers_own(world, family):

@@ -103,7 +103,11 @@ def test_logged_rows_come_back(tmp_path):
     run = open_run(tmp_path / "a")
     run.log(1, {"loss": 0.1, "kl": 1e-9})
     run.log(2, {"loss": 1 / 3})
-    run.log_samples([{"step": 1, "completions": ["é\u2028\x85\n", "<answer>"]}, {"step": 1, "completions": []}])
+    rows = [
+        {"step": 1, "group": 1, "completions": []},
+        {"step": 1, "group": 0, "completions": ["é\u2028\x85\n", "<answer>"]},
+    ]
+    run.log_samples(rows)
     rows = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 1, "loss": 0.1, "kl": 1e-9}, {"step": 2, "loss": 1 / 3}]
     lines = (run.dir / "samples.jsonl").read_text(encoding="utf-8").split("\n")

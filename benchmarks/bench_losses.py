@@ -1,0 +1,119 @@
+"""Loss variants side by side in the tiny world: the same base, data and steps, several seeds.
+
+    python benchmarks/bench_losses.py --dir runs/losses --seeds 0 1 2 --jobs 2
+
+Trains a base for each seed (configs/tiny_base.yaml; one that is in --dir is used again), from it every variant, and
+evaluates each final model on the grounding test. Prints a markdown table, means and standard deviations over seeds, and
+one JSON line last. With --jobs 2, two runs go side by side on one thread each; times are comparable within one call.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+VARIANTS = {  # recipe files and overrides after configs/tiny.yaml
+    "GRPO (tiny.yaml)": [],
+    "DAPO": ["configs/dapo.yaml"],
+    "Dr. GRPO": ["configs/dr_grpo.yaml"],
+    "RLOO": ["configs/rloo.yaml"],
+    "GSPO (mu = 2)": ["configs/gspo.yaml"],
+    "GRPO, mu = 2": ["loss.updates_per_rollout=2"],
+}
+LAST = 20  # steps at the end that training figures are averaged over
+
+
+def call(script: str, *words: str, folder: Path, threads: int) -> None:
+    """Run one of the commands; its output goes to a .log beside the run folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "w") as log:
+        command = [sys.executable, script, *words, f"run.dir={folder}"]
+        subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=log, check=True)
+
+
+def train_base(root: Path, seed: int, threads: int) -> None:
+    folder = root / f"base_{seed}"
+    if not (folder / "final").is_dir():
+        call("train_sft.py", "--config", "configs/tiny_base.yaml", f"run.seed={seed}", folder=folder, threads=threads)
+    evaluate(root, folder.name, seed, threads)
+
+
+def evaluate(root: Path, name: str, seed: int, threads: int) -> None:
+    words = ["run", "--config", "configs/tiny_eval.yaml", f"model.path={root / name / 'final'}", f"run.seed={seed}"]
+    if not (root / f"eval_{name}").is_dir():
+        call("eval.py", *words, folder=root / f"eval_{name}", threads=threads)
+
+
+def train_variant(root: Path, variant: str, seed: int, threads: int) -> None:
+    name = f"{slug(variant)}_{seed}"
+    words = ["--config", "configs/tiny.yaml", *VARIANTS[variant], f"model.path={root}/base_{seed}/final"]
+    call("train_grpo.py", *words, f"run.seed={seed}", "eval.every=0", folder=root / name, threads=threads)
+    evaluate(root, name, seed, threads)
+
+
+def slug(variant: str) -> str:
+    return "".join(c for c in variant.lower().replace(" ", "_") if c.isalnum() or c == "_")
+
+
+def miou(root: Path, name: str) -> float:
+    return json.loads((root / f"eval_{name}" / "metrics.json").read_text())["tasks"]["tvg"]["miou"]
+
+
+def figures(root: Path, variant: str, seed: int) -> dict[str, float]:
+    """One run's row: reward, length and clipped share over its last steps, seconds per step, mIoU on the test."""
+    name = f"{slug(variant)}_{seed}"
+    rows = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+    mean = {k: statistics.mean(row[k] for row in rows[-LAST:]) for k in ("reward/total", "length/mean", "clip_frac")}
+    seconds = statistics.median(row["time/step"] for row in rows)
+    return {"miou": miou(root, name), "gain": miou(root, name) - miou(root, f"base_{seed}"), "seconds": seconds} | mean
+
+
+def spread(values: list[float], digits: int) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def table(root: Path, seeds: list[int]) -> tuple[str, dict]:
+    lines = [
+        "| | reward | test mIoU | gain over the base | length | clipped (%) | seconds per step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    results = {}
+    for variant in VARIANTS:
+        runs = [figures(root, variant, seed) for seed in seeds]
+        results[variant] = runs
+        column = {key: [run[key] for run in runs] for key in runs[0]}
+        lines.append(
+            f"| {variant} | {spread(column['reward/total'], 3)} | {spread(column['miou'], 1)} "
+            f"| {spread(column['gain'], 1)} | {spread(column['length/mean'], 1)} "
+            f"| {100 * statistics.mean(column['clip_frac']):.2f} | {statistics.mean(column['seconds']):.2f} |"
+        )
+    return "\n".join(lines), results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=Path("runs/losses"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on its share of the threads")
+    args = parser.parse_args()
+    root, threads = args.dir.resolve(), max(1, (os.cpu_count() or 1) // args.jobs)
+    pairs = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: train_base(root, seed, threads), args.seeds))
+        done = pool.map(lambda pair: train_variant(root, *pair, threads), pairs)
+        for (variant, seed), _ in zip(pairs, done, strict=True):
+            print(f"seed {seed}: {variant} done", file=sys.stderr, flush=True)
+    text, results = table(root, args.seeds)
+    print(text)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
