@@ -114,7 +114,9 @@ def metrics_of(run_dir, machine: bool = False) -> list[dict]:
 
 
 def weights_of(run_dir) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "final" / "model.safetensors")
+    """Of the final model, or of its adapter."""
+    (path,) = (run_dir / "final").glob("*.safetensors")
+    return load_file(path)
 
 
 @pytest.fixture(scope="session")

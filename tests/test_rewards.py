@@ -1,36 +1,46 @@
-"""Rewards: hand-computed overlaps, parser tables, what must not pay, and totality; no model and no video."""
+"""Rewards: overlaps by hand, parser tables, what must not pay, TRL's functions, any text; no model and no video."""
 
+import dataclasses
+import itertools
+import json
 import math
-from types import SimpleNamespace
+import random
+import re
+import time
+from functools import cache
 
 import pytest
-from hypothesis import example, given, settings
+import yaml
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import rewards
+from config import GrpoConfig, load
+from data import Sample, read_samples
 
 OPTIONS = ["a dog", "a cat", "two birds", "nobody"]
+OVERLAPS = ["iou", "timestamp_iou", "distance_iou"]
 
 
-def config(think: bool = True, gate: bool = True) -> SimpleNamespace:
+@cache
+def config(think: bool = True, gate: bool = True, overlap: str = "iou") -> GrpoConfig:
     """The recipe's weights: grounding 0.5 / 0.5, multiple choice 0.5 / 0.5, grounded QA 0.2 / 0.4 / 0.4."""
-    weights = {
-        "tvg": SimpleNamespace(format=0.5, answer=0.0, iou=0.5),
-        "mcqa": SimpleNamespace(format=0.5, answer=0.5, iou=0.0),
-        "gqa": SimpleNamespace(format=0.2, answer=0.4, iou=0.4),
-    }
-    section = SimpleNamespace(format_gates_task=gate, overlap="iou", **weights)
-    return SimpleNamespace(prompt=SimpleNamespace(think=think), rewards=section)
+    chosen = {"prompt.think": think, "rewards.format_gates_task": gate, "rewards.overlap": overlap}
+    return load(GrpoConfig, [], [f"{key}={str(value).lower()}" for key, value in chosen.items()])
 
 
-def sample(task: str, **fields) -> SimpleNamespace:
+def sample(task: str, **fields) -> Sample:
     """A record whose true span is 20% of its video: 4 to 8 s of 20 s; option B is right."""
-    row = {"options": OPTIONS, "answer": "B", "segments": [(4.0, 8.0)], "duration": 20.0}
-    return SimpleNamespace(task=task, **(row | fields))
+    row = {"id": "a", "video": "v.mp4", "question": "When?", "options": OPTIONS, "answer": "B"}
+    row |= {"segments": [(4.0, 8.0)], "duration": 20.0}
+    return Sample(task=task, **(row | fields))
 
 
 def thought(answer: str) -> str:
     return f"<think>I look.</think><answer>{answer}</answer>"
+
+
+# ---- overlaps --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,12 +70,60 @@ def test_overlap_by_hand(pred, truth, iou, iop):
     assert rewards.temporal_iop(pred, truth) == pytest.approx(iop)
 
 
+@pytest.mark.parametrize(
+    ("pred", "truth", "duration", "expected"),
+    [
+        ([(4, 8)], [(4, 8)], 20, 1),
+        ([(3, 7)], [(5, 9)], 20, 1 / 3 * 0.9 * 0.9),
+        ([(0, 20)], [(4, 8)], 20, 0.2 * 0.8 * 0.4),  # the whole video: 0.064
+        ([(4, 6)], [(4, 8)], 20, 0.5 * 1 * 0.9),
+        ([(9, 12)], [(4, 8)], 20, 0),  # a miss
+        ([(5, 5)], [(4, 8)], 20, 0),
+        ([(3, 7)], [(5, 9)], None, 1 / 3 * (1 - 2 / 9) ** 2),  # no video that holds both is shorter than 9 s
+        ([(0, 2), (6, 8)], [(0, 8)], 10, 0.5),  # the hull has the right ends
+        ([(0, 2)], [(0, 2), (6, 8)], 10, 0.5 * 1 * 0.4),
+        ([(0, 40)], [(0, 10)], 10, 0),  # not clipped: off by more than the video
+        ([], [(4, 8)], 20, 0),
+        ([(4, 8)], [], 20, 0),
+    ],
+)
+def test_timestamp_iou_by_hand(pred, truth, duration, expected):
+    assert rewards.timestamp_iou(pred, truth, duration) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("pred", "truth", "expected"),
+    [
+        ([(4, 8)], [(4, 8)], 1),
+        ([(2, 10)], [(4, 8)], (1 + 0.5) / 2),  # one centre: no distance
+        ([(3, 7)], [(5, 9)], (1 + 2 / 6 - (2 / 6) ** 2) / 2),
+        ([(0, 20)], [(4, 8)], (1 + 0.2 - (4 / 20) ** 2) / 2),  # the whole video: 0.58
+        ([(0, 4)], [(4, 8)], 3 / 8),  # touching
+        ([(16, 20)], [(4, 8)], (1 - (12 / 16) ** 2) / 2),
+        ([(6, 6)], [(4, 8)], 1 / 2),  # a point at the centre
+        ([(20, 20)], [(4, 8)], (1 - (14 / 16) ** 2) / 2),
+        ([(0, 2), (6, 8)], [(0, 8)], (1 + 0.5) / 2),
+        ([(0, 2), (6, 8)], [(0, 2), (6, 8)], 1),
+        ([(0, 8)], [(0, 2), (6, 8)], (1 + 0.5) / 2),
+        ([(6, 6)], [(6, 6)], 0),  # no hull
+        ([], [(4, 8)], 0),
+        ([(4, 8)], [], 0),
+        ([(0, 1.7e308)], [(0, 1.0)], (1 - 0.25) / 2),
+    ],
+)
+def test_distance_iou_by_hand(pred, truth, expected):
+    assert rewards.distance_iou(pred, truth) == pytest.approx(expected)
+    assert rewards.distance_iou(truth, pred) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("bad", [(7, 3), (math.nan, 3), (1, math.inf)])
 def test_overlap_refuses_what_is_no_segment(bad):
+    for overlap in (rewards.temporal_iou, rewards.temporal_iop, rewards.distance_iou):
+        for pred, truth in (([bad], [(0, 1)]), ([(0, 1)], [bad])):
+            with pytest.raises(ValueError, match="not a segment"):
+                overlap(pred, truth)
     with pytest.raises(ValueError, match="not a segment"):
-        rewards.temporal_iou([bad], [(0, 1)])
-    with pytest.raises(ValueError, match="not a segment"):
-        rewards.temporal_iop([(0, 1)], [bad])
+        rewards.timestamp_iou([bad], [(0, 1)], 10)
 
 
 spans = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)).map(lambda t: (t[0], t[0] + t[1])), max_size=6)
@@ -79,6 +137,59 @@ def test_overlap_equals_counting_unit_cells(pred, truth):
     assert rewards.temporal_iou(pred, truth) == rewards.temporal_iou(truth, pred)
     if cells[0]:
         assert rewards.temporal_iop(pred, truth) == pytest.approx(len(both) / len(cells[0]))
+
+
+def covered(segments) -> list:
+    """The union, as disjoint segments with length, to tell whether two answers say the same."""
+    return [segment for segment in rewards._merge(segments) if segment[1] > segment[0]]
+
+
+@given(spans, spans, st.integers(0, 20))
+def test_timestamp_iou_is_the_iou_and_a_penalty(pred, truth, more):
+    """In [0, 1], symmetric, never above the IoU, equal to it where the ends are right, 1 for the right answer only."""
+    duration = max([1, *(end for _, end in pred + truth)]) + more
+    value, iou = rewards.timestamp_iou(pred, truth, duration), rewards.temporal_iou(pred, truth)
+    assert 0 <= value <= iou
+    assert value == rewards.timestamp_iou(truth, pred, duration)
+    assert (value == 1) <= (covered(pred) == covered(truth) != [])
+    assert rewards.timestamp_iou(pred, truth, None) <= value + 1e-12  # a longer video forgives more
+    if pred and truth and rewards._hull(pred) == rewards._hull(truth):
+        assert value == pytest.approx(iou)
+
+
+@given(spans, spans)
+def test_distance_iou_is_the_iou_and_a_distance(pred, truth):
+    """In [0, 1], symmetric, (1 + IoU) / 2 at most, 1 for the right answer only."""
+    value, iou = rewards.distance_iou(pred, truth), rewards.temporal_iou(pred, truth)
+    assert 0 <= value <= (1 + iou) / 2
+    assert value == rewards.distance_iou(truth, pred)
+    assert (value == 1) <= (covered(pred) == covered(truth) != [])
+    if iou == 0 and len(pred) == len(truth) == 1 and pred[0][0] < pred[0][1] and truth[0][0] < truth[0][1]:
+        assert value <= 3 / 8
+
+
+@given(st.integers(0, 20), st.integers(1, 9), st.integers(1, 9))
+def test_distance_iou_tells_misses_apart(gap, length, true_length):
+    """The nearer a span of one length, the more it pays, on either side of the truth."""
+    start, end = 50, 50 + true_length
+    sides = [
+        [[(end + away, end + away + length)] for away in (gap, gap + 1)],
+        [[(start - away - length, start - away)] for away in (gap, gap + 1)],
+    ]
+    for near, far in sides:
+        assert rewards.distance_iou(near, [(start, end)]) > rewards.distance_iou(far, [(start, end)]) > 0
+        assert rewards.temporal_iou(near, [(start, end)]) == rewards.temporal_iou(far, [(start, end)]) == 0
+
+
+@given(spans.filter(len), st.integers(0, 30), st.integers(1, 9))
+def test_pieces_pay_no_more_than_one_span_over_all_of_them(pred, start, length):
+    """Points at both ends of the video lengthen the hull and cost no IoU: `0 to 0, 15 to 18, 20 to 20` paid 0.48
+    where `15 to 18` pays 0.22 (truth 4 to 8), and such points raised the payment of almost any other answer too."""
+    truth = [(start, start + length)]
+    assert rewards.distance_iou(pred, truth) <= rewards.distance_iou([rewards._hull(pred)], truth) + 1e-12
+
+
+# ---- parsing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -252,6 +363,9 @@ def test_parse_segments(answer, segments):
     assert rewards.parse_segments(answer) == []  # without a block there is no answer
 
 
+# ---- the built-in reward ---------------------------------------------------------------------------------------------
+
+
 def test_parts_and_total_by_hand():
     half = rewards.score(thought("4 to 6"), sample("tvg"), config())
     assert half == rewards.Reward(0.75, {"format": 1, "iou": 0.5})
@@ -272,36 +386,105 @@ def test_grounded_qa_needs_both_parts_to_parse(answer):
     assert rewards.score(thought(answer), sample("gqa"), config()).total == 0
 
 
-WHOLE_VIDEO = 0.5 + 0.5 * 0.2
+def released(text: str, truth: tuple[float, float] = (4.0, 8.0)) -> float:
+    """The rule of the reward released with Temporal-R1: 0.5 IoU + 0.5 format.
+
+    Format: a think block, which may be empty, then an answer block with `start_time` and `end_time`, quoted. IoU of
+    the first answer block wherever it stands, read as JSON, over the hull of both spans; 0 when anything fails.
+    """
+    time_field = r'\s*"%s"\s*:\s*"[\d.]+"\s*'
+    fields = ",".join(time_field % name for name in ("start_time", "end_time"))
+    layout = re.compile(r"<think>.*</think>\s*<answer>\s*\{" + fields + r"\}\s*</answer>", re.DOTALL)
+    paid = 0.5 if layout.fullmatch(text) else 0.0
+    first = re.search("<answer>(.*?)</answer>", text, re.DOTALL)
+    try:
+        answer = json.loads(first[1])
+        start, end = float(answer["start_time"]), float(answer["end_time"])
+        both_s, hull_s = min(end, truth[1]) - max(start, truth[0]), max(end, truth[1]) - min(start, truth[0])
+        return paid + 0.5 * max(0.0, both_s / hull_s)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return paid
 
 
-# What each of these paid under the released reward (true span = 20% of the video) and what it pays here.
+def spanned(start: str, end: str) -> str:
+    """The answer block that the released reward asks for."""
+    return f'<answer>{{"start_time": "{start}", "end_time": "{end}"}}</answer>'
+
+
+THINK = "<think>I look.</think>"
+PAID = {
+    "what should pay": (THINK + spanned("4.0", "8.0"), 1, 1),
+    "well-formed nonsense": (THINK + spanned("1.2.3", "..."), 0.5, 0),
+    "a reversed span": (THINK + spanned("8.0", "4.0"), 0.5, 0),
+    "a span past the end": (THINK + spanned("4.0", "400.0"), 0.5 + 0.5 * 4 / 396, 0.5 + 0.5 * 4 / 16),  # clipped
+    "a span outside the video": (THINK + spanned("30", "40"), 0.5, 0.5),  # well-formed and wrong
+    "the whole video": (THINK + spanned("0", "20"), 0.6, 0.6),  # honest: its IoU is 0.2
+    "right while thinking": (f"<think>{spanned('4', '8')}</think>{spanned('12', '16')}", 1, 0),
+    "an empty think block": ("<think></think>" + spanned("4", "8"), 1, 0),
+    "a blank think block": ("<think> \n</think>" + spanned("4", "8"), 1, 0),
+    "an invisible think block": ("<think>\u200b\ufeff</think>" + spanned("4", "8"), 1, 0),
+    "a think block of dots": ("<think>...</think>" + spanned("4", "8"), 1, 0),
+}
+
+
+@pytest.mark.parametrize(("text", "paid_there", "paid_here"), PAID.values(), ids=PAID)
+def test_what_the_released_reward_paid_for(text, paid_there, paid_here):
+    """True span 4 to 8 s of 20 s; the released reward's payments are computed, not remembered."""
+    assert released(text) == pytest.approx(paid_there)
+    assert rewards.score(text, sample("tvg"), config()).total == pytest.approx(paid_here)
+
+
 @pytest.mark.parametrize(
-    ("text", "paid_here"),
+    ("task", "answer"),
     [
-        (thought('{"start_time": "x", "end_time": "y"}'), 0),  # well-formed nonsense: 0.5
-        (thought("soon"), 0),  # 0.5
-        (thought('{"start_time": "8.0", "end_time": "4.0"}'), 0),  # a reversed span: 0.5
-        (
-            thought('{"start_time": "4.0", "end_time": "400.0"}'),
-            0.5 + 0.5 * 4 / 16,
-        ),  # past the end: 0.51; clipped
-        (
-            thought('{"start_time": "30", "end_time": "40"}'),
-            0.5,
-        ),  # wholly outside: 0.5; a well-formed wrong answer
-        (thought('{"start_time": "0", "end_time": "20"}'), WHOLE_VIDEO),  # 0.6: honest, its IoU is 0.2
-        (
-            "<think><answer>4 to 8</answer></think><answer>12 to 16</answer>",
-            0,
-        ),  # right inside the thinking: 1.0
-        ("<think></think><answer>4 to 8</answer>", 0),  # an empty think block: 1.0
-        ("<think> \n</think><answer>4 to 8</answer>", 0),  # 1.0
-        (thought("4 to 8"), 1),  # what should pay
+        ("mcqa", "A, B, C, D"),
+        ("mcqa", "A or B"),
+        ("mcqa", "(A)(B)"),
+        ("mcqa", "B. a dog"),
+        ("mcqa", "a dog a cat two birds nobody"),
+        ("mcqa", "A. a dog B. a cat C. two birds D. nobody"),
+        ("mcqa", '{"answer": ["A", "B"]}'),
+        ("mcqa", '{"answer": "A", "answer": "B"}'),
+        ("mcqa", '[{"answer": "A"}, {"answer": "B"}]'),
+        ("mcqa", '{"answer": {"answer": "B"}}'),
+        ("mcqa", "<answer>A</answer><answer>B</answer>"),
+        ("gqa", "A, 0 to 2; B, 4 to 8"),
+        ("gqa", "A, B, 4 to 8"),
+        ("gqa", '{"answer": "B", "segments": [[4, 8]], "start": 0, "end": 20}'),
+        ("tvg", '{"start": 0, "end": 20, "start_time": 4, "end_time": 8}'),
+        ("tvg", "0 to 2 or 4 to 8"),
+        ("tvg", "<answer>4 to 8</answer>"),  # a block in the block
+        ("tvg", "4 to 8</answer><answer>12 to 16"),
+        ("tvg", ", ".join(f"{n} to {n + 1}" for n in range(1000))),  # past the length limit
+        ("tvg", json.dumps([[n / 100, n / 100] for n in range(2000)])),
     ],
 )
-def test_what_the_released_reward_paid_for(text, paid_here):
-    assert rewards.score(text, sample("tvg"), config()).total == pytest.approx(paid_here)
+def test_an_answer_that_says_several_things_pays_nothing(task, answer):
+    for overlap in OVERLAPS:
+        assert rewards.score(thought(answer), sample(task), config(overlap=overlap)).total == 0
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_enumerating_segments_pays_no_more_than_the_whole_video(overlap):
+    """Tiles, points and repeats, for every truth of whole seconds: no blind list beats its own hull as one span."""
+    lists = {
+        "tiles": [(n, n + 1) for n in range(20)],
+        "loose tiles": [(n, n + 0.9) for n in range(20)],
+        "every other tile": [(n, n + 1) for n in range(0, 20, 2)],
+        "points": [(n, n) for n in range(21)],
+        "ends": [(0, 0), (20, 20)],
+        "the middle and the ends": [(0, 0), (5, 15), (20, 20)],
+        "repeated": [(0, 20)] * 100,
+    }
+    paid = dict.fromkeys(["whole", *lists], 0.0)
+    for start, end in itertools.combinations(range(21), 2):
+        row = sample("tvg", segments=[(start, end)])
+        for name, segments in {"whole": [(0, 20)], **lists}.items():
+            answer = thought(", ".join(f"{a} to {b}" for a, b in segments))
+            paid[name] += rewards.score(answer, row, config(overlap=overlap)).total
+    for name in lists:
+        if overlap == "distance_iou" or name != "the middle and the ends":  # whose IoU is honestly the better guess
+            assert paid[name] <= paid["whole"] + 1e-9, name
 
 
 def test_the_right_answer_inside_the_thinking_does_not_count_even_without_the_gate():
@@ -310,10 +493,18 @@ def test_the_right_answer_inside_the_thinking_does_not_count_even_without_the_ga
     assert rewards.score(text, sample("tvg"), config(gate=False)).total == 0
 
 
-def test_a_truth_without_length_is_not_an_error_here():
-    """The loader refuses such a record; the reward, being total, gives no IoU, as the released one."""
-    reward = rewards.score(thought("4 to 4"), sample("tvg", segments=[(4.0, 4.0)]), config())
-    assert reward.parts == {"format": 1, "iou": 0}
+def test_a_truth_without_length_is_refused_when_the_data_is_read(tmp_path):
+    """The released reward gives the exact answer no IoU there (0 / 0); here training does not begin."""
+    exact = json.dumps({"start_time": "4.0", "end_time": "4.0"})
+    assert released(thought(exact), (4.0, 4.0)) == 0.5
+    (tmp_path / "v.mp4").touch()
+    record = {"id": "a", "task": "tvg", "video": "v.mp4", "duration": 20, "question": "When?", "segments": [[4, 4]]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"a segment must end after it starts, got \[4, 4\]"):
+        read_samples(str(tmp_path / "a.jsonl"))
+    for overlap in OVERLAPS:  # and the reward is total
+        reward = rewards.score(thought(exact), sample("tvg", segments=[(4.0, 4.0)]), config(overlap=overlap))
+        assert reward.parts == {"format": 1, "iou": 0}
 
 
 @pytest.mark.parametrize(
@@ -356,6 +547,22 @@ def test_spans_are_clipped_only_where_the_duration_is_known():
     assert rewards.score(text, sample("tvg", duration=None), config()).parts["iou"] == pytest.approx(4 / 36)
 
 
+@pytest.mark.parametrize(("overlap", "paid"), [("iou", 0.5), ("timestamp_iou", 0.45), ("distance_iou", 0.71875)])
+def test_the_part_iou_is_the_overlap_that_was_chosen(overlap, paid):
+    """4 to 6 of 4 to 8: IoU 1/2, the end 2 of 20 s off, the centres 1 s apart in a hull of 4 s."""
+    for task, answer in (("tvg", "4 to 6"), ("gqa", "B, 4 to 6")):
+        assert rewards.score(thought(answer), sample(task), config(overlap=overlap)).parts["iou"] == pytest.approx(paid)
+    beyond = rewards.score(thought("4 to 60"), sample("tvg"), config(overlap=overlap))
+    assert beyond == rewards.score(thought("4 to 20"), sample("tvg"), config(overlap=overlap))  # clipped first
+
+
+def test_weights_that_are_all_zero_give_zero():
+    """config.py allows them where reward functions are given."""
+    zero = ["rewards.tvg.format=0", "rewards.tvg.iou=0", "rewards.functions={f.py:f: 1}"]
+    reward = rewards.score(thought("4 to 8"), sample("tvg"), load(GrpoConfig, [], zero))
+    assert reward == rewards.Reward(0, {"format": 1, "iou": 1})
+
+
 def test_canonical_answers_are_short():
     two = [(3.0, 7.25), (9.5, 100.0)]
     assert rewards.format_answer(sample("tvg", segments=two)) == "<answer>3 to 7.25, 9.5 to 100</answer>"
@@ -382,67 +589,116 @@ def test_canonical_answers_parse_back_and_pay_in_full(task, letter, segments):
         assert rewards.parse_choice(text, OPTIONS) == letter
 
 
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-JSON = ["{", "}", "[", "]", '"', ":", '"start_time"', '"segments"', "NaN", "1e999", "```"]
-WORDS = [
-    "B",
-    "(B)",
-    "a cat",
-    "3",
-    "7.5",
-    " to ",
-    "-",
-    ",",
-    ";",
-    " and ",
-    "12:61",
-    "0:03",
-    "10s",
-    "\n",
-    "\ud800",
-    "٣",
+# ---- any text --------------------------------------------------------------------------------------------------------
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "<", "<answer", "<think>I look.</think>"]
+JSON = ["{", "}", "[", "]", '"', ":", '{"a":', '"start_time"', '"segments": [[', '"answer": "B"', "NaN", "1e999", "```"]
+TIMES = ["3", "7.5", "-3", "1e309", "nan", "inf", "1.2.3", "12:61", "0:03", "1:02:03", "10s", "٣", "३", "９", "9" * 400]
+WORDS = ["B", "(b)", "A. ", "a cat", "C or D", " to ", "-", "–", ",", ";", " and ", "8 to 4", "3 to 7", "\n", "\\"]
+ODD = ["\ud800", "\x00", "\u200b", "\u2028", "İ", "ß", "🎥", "\u202e", "é"]
+UNITS = TAGS + JSON + TIMES + WORDS + ODD + [" ", "  ,", ".", "1:", "3 to 7, ", "3 - ", "9.", '{"answer":', "[[1, 2], "]
+LENGTHS = [10, 100, 1000, 3900, 20_000, 100_000]  # characters; on either side of the answer's limit
+WRAPS = [
+    "{}",
+    "<answer>{}</answer>",
+    "<think>I look.</think><answer>{}</answer>",
+    "<think>{}</think><answer>B</answer>",
 ]
-pieces = st.sampled_from(TAGS + JSON + WORDS)
-texts = st.one_of(st.text(), st.lists(pieces, max_size=30).map("".join))
+WRAPS += [
+    "<think>I look.</think><answer>3 to 7{}</answer>",
+    "<think><answer>B, 4 to 8</answer></think>{}",
+    "```json\n{}\n```",
+]
+AWKWARD = [["3 to 7", "4 to 8", "[4, 8]", "B"], ["B", "A", "", "A, 4 to 8"], ['{"answer": "C"}', "b.", "B", "```"]]
+ROWS = [
+    *(sample(task) for task in rewards.PARTS),
+    *(sample(task, options=options) for task in ("mcqa", "gqa") for options in AWKWARD),
+    sample("tvg", duration=None, segments=[(0.0, 2.5), (6.0, 7.0)]),
+]
+SETTINGS = list(itertools.product((True, False), OVERLAPS))  # think, overlap
+
+pieces = st.lists(st.one_of(st.sampled_from(UNITS), st.text(max_size=5)), max_size=40).map("".join)
+repeats = st.builds(lambda unit, num: unit * (num // len(unit) + 1), st.sampled_from(UNITS), st.sampled_from(LENGTHS))
+bodies = st.one_of(pieces, pieces, pieces, st.text(), repeats, st.builds("{}{}{}".format, pieces, repeats, pieces))
+outputs = st.builds(lambda wrap, body: wrap.replace("{}", body), st.sampled_from(WRAPS), bodies)
 
 
-@settings(max_examples=300)
-@given(texts, st.booleans(), st.booleans())
-@example("[" * 3000, True, True)
-def test_any_text_gives_finite_numbers_between_0_and_1(text, think, gate):
-    for task in rewards.PARTS:
-        for whole in (text, f"<answer>{text}</answer>", thought(text)):
-            reward = rewards.score(whole, sample(task), config(think, gate))
-            assert tuple(reward.parts) == rewards.PARTS[task]
-            assert all(math.isfinite(x) and 0 <= x <= 1 for x in (reward.total, *reward.parts.values()))
+def random_output(rng: random.Random) -> str:
+    """One string of the grammar of `outputs`, about as often each kind, without hypothesis."""
+
+    def some() -> str:
+        return "".join(
+            rng.choice(UNITS) if rng.random() < 0.8 else chr(rng.randrange(0x11000)) for _ in range(rng.randrange(40))
+        )
+
+    def repeat() -> str:
+        unit = rng.choice(UNITS)
+        return unit * (rng.choice(LENGTHS) // len(unit) + 1)
+
+    body = rng.choice([some, some, some, some, repeat, lambda: some() + repeat() + some()])()
+    return rng.choice(WRAPS).replace("{}", body)
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        *TAGS,
-        *JSON,
-        "<answer></answer>",
-        "<",
-        '{"a":',
-        "9",
-        "1:",
-        "3 to 7,",
-        " and ",
-        " ",
-        "3 - ",
-        "B, ",
-        "B. ",
-        "\\",
-    ],
-)
-@pytest.mark.parametrize("num_chars", [3900, 100_000])
-def test_hostile_strings_complete(unit, num_chars):
-    """Nested, unclosed and repeated input on either side of the answer's length limit."""
-    text = unit * (num_chars // len(unit))
-    for task in rewards.PARTS:
-        for whole in (text, f"<answer>{text}</answer>", thought(text), thought("3 to 7" + text)):
-            assert 0 <= rewards.score(whole, sample(task), config()).total <= 1
+def check_any(text: str) -> tuple[float, int]:
+    """Score one text for every row, layout and overlap; returns the seconds and the number of scores."""
+    start, num = time.perf_counter(), 0
+    results = []
+    for row in ROWS:
+        for think, overlap in SETTINGS if row.task != "mcqa" else SETTINGS[::3]:
+            results.append((row, rewards.score(text, row, config(think, overlap=overlap))))
+    seconds = time.perf_counter() - start
+    for row, reward in results:
+        assert tuple(reward.parts) == rewards.PARTS[row.task]
+        assert all(math.isfinite(x) and 0 <= x <= 1 for x in (reward.total, *reward.parts.values()))
+        num += 1
+    return seconds, num
+
+
+def report(name: str, times: list[tuple[float, int]], capsys) -> None:
+    total_s, num = map(sum, zip(*times))
+    slowest_ms = 1000 * max(seconds / count for seconds, count in times)
+    with capsys.disabled():
+        print(
+            f"\n{name}: {len(times)} strings, {num} scores, {1000 * total_s / num:.4f} ms each, {slowest_ms:.2f} worst"
+        )
+
+
+def test_any_text_gives_finite_numbers_between_0_and_1(capsys):
+    times = []
+
+    @settings(
+        max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    )
+    @given(outputs)
+    @example("[" * 3000)
+    @example(thought("[" * 3900))
+    def run(text):
+        times.append(check_any(text))
+
+    run()
+    report("hypothesis", times, capsys)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_texts(capsys):
+    rng = random.Random(0)
+    report("seeded", [check_any(random_output(rng)) for _ in range(100_000)], capsys)
+
+
+@settings(max_examples=200, deadline=None)
+@given(outputs, st.sampled_from(list(rewards.PARTS)), st.booleans())
+def test_any_text_without_the_gate(text, task, think):
+    reward = rewards.score(text, sample(task), config(think, gate=False))
+    assert all(math.isfinite(x) and 0 <= x <= 1 for x in (reward.total, *reward.parts.values()))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_time_grows_with_the_length_at_most(unit):
+    """A run of any unit, nested, unclosed and repeated: 100,000 characters of it take less than 50 ms a score."""
+    text = unit * (100_000 // len(unit))
+    for whole in (text, f"<answer>{text}</answer>", thought(text), f"<think>{text}</think><answer>B</answer>"):
+        seconds, num = check_any(whole)
+        assert seconds / num < 0.05
 
 
 def test_an_answer_past_the_length_limit_is_malformed():
@@ -450,3 +706,250 @@ def test_an_answer_past_the_length_limit_is_malformed():
     assert len(rewards.segments_from(many)) == 400
     assert rewards.segments_from(many + ", " + many) == []
     assert rewards.choice_from("B" + " " * rewards.MAX_ANSWER_CHARS, OPTIONS) is None
+
+
+# ---- reward functions in TRL's form ----------------------------------------------------------------------------------
+
+FUNCTIONS = '''
+import asyncio
+
+calls = []
+
+
+def brief(completions, completion_ids, **kwargs):
+    """Fewer tokens are better, one point each."""
+    calls.append((completions, completion_ids, kwargs))
+    return [10.0 - len(ids) for ids in completion_ids]
+
+
+def polite(prompts, completions, **kwargs):
+    """Conversational: every prompt and completion is a list of messages."""
+    assert all(prompt[0]["role"] == "user" for prompt in prompts)
+    return [1.0 if "please" in completion[0]["content"] else 0.0 for completion in completions]
+
+
+def choices_only(completions, task, answer, **kwargs):
+    """A batch of mixed tasks: None where there is nothing to say."""
+    return [float(letter in text) if t == "mcqa" else None for text, t, letter in zip(completions, task, answer)]
+
+
+def reference(completions, ground_truth, **kwargs):
+    """A column of the data set; rows without it have None."""
+    return [None if truth is None else truth in text for text, truth in zip(completions, ground_truth)]
+
+
+def curriculum(completions, trainer_state, log_metric=None, **kwargs):
+    share = trainer_state.global_step / trainer_state.max_steps
+    if log_metric:
+        log_metric("share", share)
+    return [share] * len(completions)
+
+
+loops = []
+
+
+async def judged(completions, **kwargs):
+    await asyncio.sleep(0)
+    loops.append(asyncio.get_running_loop())
+    return await asyncio.gather(*(asyncio.sleep(0, float(len(text))) for text in completions))
+'''
+BATCH = [
+    sample("tvg", id="t", extra={"ground_truth": "dog"}),
+    sample("mcqa", id="m", question="Which?", extra={"level": 3}),
+    sample("gqa", id="g", type="causal"),
+]
+TEXTS = [thought("4 to 8"), thought("please B"), thought("B, 4 to 8")]
+IDS = [[1, 2], [3], [4, 5, 6]]
+
+
+@pytest.fixture
+def trl(tmp_path):
+    """A reward file under a folder and a name with dots, and the configuration that names functions of it."""
+    path = tmp_path / "my.rewards" / "v1.2.py"
+    path.parent.mkdir()
+    path.write_text(FUNCTIONS)
+
+    def cfg_of(*names: str, **more) -> GrpoConfig:
+        weights = ", ".join(f"{path}:{name}: 0.5" for name in names)
+        overrides = [f"rewards.{key}={str(value).lower()}" for key, value in more.items()]
+        return load(GrpoConfig, [], [f"rewards.functions={{{weights}}}", "run.steps=40", *overrides])
+
+    return path, cfg_of
+
+
+def run_all(cfg: GrpoConfig, texts=TEXTS, batch=BATCH, ids=IDS, step=10) -> list[rewards.Reward]:
+    return rewards.score_all(texts, batch, cfg, rewards.load_functions(cfg.rewards.functions), ids, step)
+
+
+def test_without_functions_score_all_is_score():
+    assert run_all(config()) == [rewards.score(text, row, config()) for text, row in zip(TEXTS, BATCH)]
+    assert rewards.score_all([], [], config(), []) == []
+
+
+def test_the_columns_are_the_fields_of_a_sample():
+    assert {*rewards.COLUMNS, "extra"} == {field.name for field in dataclasses.fields(Sample)}
+
+
+def test_a_function_adds_weight_times_value_and_is_called_once_for_the_batch(trl):
+    path, cfg_of = trl
+    functions = rewards.load_functions(cfg_of("brief").rewards.functions)
+    assert functions == [rewards.RewardFunction("brief", functions[0].call, 0.5)]
+    scored = rewards.score_all(TEXTS, BATCH, cfg_of("brief"), functions, IDS, step=10)
+    for reward, text, row, value in zip(scored, TEXTS, BATCH, (8.0, 9.0, 7.0)):
+        alone = rewards.score(text, row, config())
+        assert reward == rewards.Reward(pytest.approx(alone.total + 0.5 * value), alone.parts | {"brief": value})
+    ((completions, completion_ids, kwargs),) = functions[0].call.__globals__["calls"]
+    assert (completions, completion_ids, kwargs["prompts"]) == (TEXTS, IDS, ["When?", "Which?", "When?"])
+    assert (kwargs["trainer_state"].global_step, kwargs["trainer_state"].max_steps) == (10, 40)
+    assert kwargs["id"] == ["t", "m", "g"] and kwargs["segments"] == [[(4.0, 8.0)]] * 3
+    assert kwargs["ground_truth"] == ["dog", None, None] and kwargs["level"] == [None, 3, None]
+    assert set(kwargs) == {*rewards.COLUMNS, "prompts", "trainer_state", "ground_truth", "level"}
+
+
+def test_messages_none_columns_state_and_async(trl):
+    _, cfg_of = trl
+    polite = run_all(cfg_of("polite", conversational=True))
+    assert [reward.parts["polite"] for reward in polite] == [0, 1, 0]
+    mixed = run_all(cfg_of("choices_only"))
+    assert [reward.parts.get("choices_only") for reward in mixed] == [None, 1, None]
+    assert [mixed[i] for i in (0, 2)] == [rewards.score(TEXTS[i], BATCH[i], config()) for i in (0, 2)]
+    assert [reward.parts.get("reference") for reward in run_all(cfg_of("reference"))] == [0, None, None]
+    assert [reward.parts["curriculum"] for reward in run_all(cfg_of("curriculum"))] == [0.25] * 3
+    both = run_all(cfg_of("judged", "brief"))
+    assert [reward.parts["judged"] for reward in both] == [len(text) for text in TEXTS]
+    assert [reward.parts["brief"] for reward in both] == [8, 9, 7]
+
+
+def test_async_functions_keep_their_event_loop(trl):
+    """As in TRL: a client that a function opened at one step is bound to that step's loop."""
+    _, cfg_of = trl
+    functions = rewards.load_functions(cfg_of("judged").rewards.functions)
+    for step in range(2):
+        rewards.score_all(TEXTS, BATCH, cfg_of("judged"), functions, IDS, step)
+    first, second = functions[0].call.__globals__["loops"]
+    assert first is second
+
+
+def test_only_functions_count_when_the_built_in_weights_are_zero(trl):
+    _, cfg_of = trl
+    scored = run_all(cfg_of("brief", tvg="{format: 0, iou: 0}"))
+    assert scored[0] == rewards.Reward(4.0, {"format": 1, "iou": 1, "brief": 8})
+
+
+def test_functions_from_a_yaml_file(trl, tmp_path):
+    path, _ = trl
+    content = {"rewards": {"functions": {f"{path}:brief": 2, f"{path}:polite": -0.25}, "conversational": True}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    cfg = load(GrpoConfig, [str(tmp_path / "a.yaml")])
+    loaded = rewards.load_functions(cfg.rewards.functions)
+    assert [(function.name, function.weight) for function in loaded] == [("brief", 2.0), ("polite", -0.25)]
+    assert run_all(cfg)[1].total == pytest.approx(0.5 * 0 + 2 * 9 - 0.25)
+
+
+def test_a_file_is_imported_once(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("open(__file__ + '.log', 'a').write('x')\nf = g = lambda completions, **_: [1] * len(completions)")
+    loaded = rewards.load_functions({f"{path}:f": 1, f"{tmp_path}/../{tmp_path.name}/a.py:g": 1})
+    assert (tmp_path / "a.py.log").read_text() == "x" and loaded[0].call is loaded[1].call
+
+
+def test_a_name_that_is_taken_becomes_the_whole_key(tmp_path):
+    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass C:\n    x: int\n"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text(
+            source + "def f(completions, **_): return [C(1).x] * len(completions)\niou = f\n"
+        )
+    keys = [f"{tmp_path}/a.py:f", f"{tmp_path}/b.py:f", f"{tmp_path}/a.py:iou", f"{tmp_path}/a.py:C"]
+    names = [function.name for function in rewards.load_functions(dict.fromkeys(keys, 1))]
+    assert names == [*keys[:3], "C"]
+    cfg = load(GrpoConfig, [], [f"rewards.functions={{{keys[0]}: 1, {keys[2]}: 1}}"])
+    assert run_all(cfg)[0].parts == {"format": 1, "iou": 1, "f": 1, keys[2]: 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("a.py", "'a.py' is not of the form path/to/file.py:function"),
+        ("missing.py:f", "missing.py:f: file not found"),
+        (":f", ":f: file not found"),
+        ("a.py:", "a.py:: the file has no function ''"),
+        ("a.py:absent", "a.py:absent: the file has no function 'absent'"),
+        ("a.py:number", "a.py:number: the file has no function 'number'"),
+        ("syntax.py:f", "syntax.py:f: the file does not import: SyntaxError: "),
+        (
+            "imports.py:f",
+            "imports.py:f: the file does not import: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("raises.py:f", "raises.py:f: the file does not import: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_named_in_one_line(tmp_path, monkeypatch, key, reason):
+    monkeypatch.chdir(tmp_path)  # paths count from the working directory
+    (tmp_path / "a.py").write_text("number = 3\n")
+    (tmp_path / "syntax.py").write_text("def f(:\n")
+    (tmp_path / "imports.py").write_text("import no_such_module\n")
+    (tmp_path / "raises.py").write_text("1 / 0\n")
+    with pytest.raises(ValueError) as raised:
+        rewards.load_functions({key: 1.0})
+    assert str(raised.value).startswith(f"rewards.functions: {reason}") and "\n" not in str(raised.value)
+
+
+BATCH_OF_3 = "the batch of 3 completions that begins with sample 't'"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise KeyError('x\\ny')", rf"step 10: KeyError: 'x\\ny', on {BATCH_OF_3}"),
+        ("assert False", f"step 10: AssertionError, on {BATCH_OF_3}"),
+        ("return None", f"step 10: returned NoneType, not a list, for {BATCH_OF_3}"),
+        ("return 1.0", f"step 10: returned float, not a list, for {BATCH_OF_3}"),
+        ("return 'abc'", f"step 10: returned str, not a list, for {BATCH_OF_3}"),
+        ("return {1: 1, 2: 2, 3: 3}", f"step 10: returned dict, not a list, for {BATCH_OF_3}"),
+        ("return (1.0 for _ in completions)", f"step 10: returned generator, not a list, for {BATCH_OF_3}"),
+        ("return numpy.ones((3, 1))", f"step 10: returned ndarray, not a list, for {BATCH_OF_3}"),
+        ("return numpy.float64(1)", f"step 10: returned float64, not a list, for {BATCH_OF_3}"),
+        ("return [1.0]", f"step 10: returned 1 values for {BATCH_OF_3}"),
+        ("return []", f"step 10: returned 0 values for {BATCH_OF_3}"),
+        ("return torch.ones(4)", f"step 10: returned 4 values for {BATCH_OF_3}"),
+        ("return [1.0, 'x', 'y']", "step 10, sample 'm': returned 'x', not a finite number"),
+        ("return [1.0, None, '1']", "step 10, sample 'g': returned '1', not a finite number"),
+        ("return [1.0, [1], 1.0]", "step 10, sample 'm': list is not a number"),
+        ("return [1j, 1.0, 1.0]", "step 10, sample 't': complex is not a number"),
+        ("return [torch.ones(2), 1.0, 1.0]", "step 10, sample 't': Tensor is not a number"),
+        ("return [10**400, 1.0, 1.0]", "step 10, sample 't': int is not a number"),
+        ("return [1.0, 1.0, float('nan')]", "step 10, sample 'g': returned 'nan', not a finite number"),
+        ("return numpy.array([1.0, numpy.inf, 1.0])", "step 10, sample 'm': returned 'inf', not a finite number"),
+    ],
+)
+def test_a_function_that_fails_is_one_error_that_says_where(tmp_path, body, reason):
+    path = tmp_path / "a.py"
+    path.write_text(f"import numpy, torch\ndef f(completions, **kwargs):\n    {body}\n")
+    with pytest.raises(rewards.RewardFunctionError) as raised:
+        run_all(load(GrpoConfig, [], [f"rewards.functions={{{path}:f: 1}}"]))
+    assert str(raised.value) == f"reward function f, {reason}"
+    if "KeyError" in reason or "Assertion" in reason:
+        assert raised.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_filename == str(path)
+
+
+def test_a_signature_that_does_not_fit_and_a_coroutine_that_raises_are_such_errors(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("def f(completions): return [1.0] * 3\nasync def g(**kwargs): raise OSError('no answer')\n")
+    for name, reason in (("f", "TypeError: f() got an unexpected keyword argument"), ("g", "OSError: no answer")):
+        with pytest.raises(rewards.RewardFunctionError, match=re.escape(reason)):
+            run_all(load(GrpoConfig, [], [f"rewards.functions={{{path}:{name}: 1}}"]))
+
+
+@pytest.mark.parametrize("values", ["[True, False, None]", "numpy.array([1, 0, 1])", "torch.tensor([1.0, 0.0, 1.0])"])
+def test_what_counts_as_numbers(tmp_path, values):
+    path = tmp_path / "a.py"
+    path.write_text(
+        f"import numpy, torch\ndef f(completions, **kwargs):\n    completions.clear()\n    return {values}\n"
+    )
+    cfg = load(GrpoConfig, [], [f"rewards.functions={{{path}:f: 1}}"])
+    parts = [reward.parts.get("f") for reward in run_all(cfg)]
+    assert parts[:2] == [1.0, 0.0] and all(type(value) is float for value in parts[:2])
+    mixed = "[numpy.float32(0.5), torch.tensor(0.25), numpy.bool_(True)]"
+    path.with_name("b.py").write_text(f"import numpy, torch\ndef f(completions, **kwargs): return {mixed}\n")
+    cfg = load(GrpoConfig, [], [f"rewards.functions={{{path.with_name('b.py')}:f: 1}}"])
+    assert [reward.parts["f"] for reward in run_all(cfg)] == [0.5, 0.25, 1.0]

@@ -8,6 +8,7 @@ from conftest import SHARED, make_cfg, metrics_of, read_jsonl, sft_cfg, weights_
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+import eval as evaluation
 import train_grpo
 import train_sft
 
@@ -154,13 +155,31 @@ def test_the_entropy_bonus_keeps_the_entropy_up(world, taught, tmp_path):
     assert entropy[0.0][0] == entropy[1.0][0] and entropy[1.0][-1] > entropy[0.0][-1] + 0.05
 
 
+def test_an_adapter_is_trained_saved_and_evaluated(world, taught, tmp_path):
+    """No second model for the KL; the run's folder works as a model of its own, for evaluation and further training."""
+    lora = ("model.lora_rank=4", "model.lora_merger=true", "loss.beta=0.1", "optim.lr=1e-2")
+    run = train_grpo.train(make_cfg(world, tmp_path, *taught, *lora))
+    rows = metrics_of(run.dir)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] > 1e-4
+    size = (run.dir / "final" / "adapter_model.safetensors").stat().st_size
+    assert size < 0.2 * (world / "model" / "model.safetensors").stat().st_size
+    data = [f"data.test={world}/tvg_test.yaml", "data.cache_dir=", "prompt.think=false", "eval.max_new_tokens=4"]
+    evaluation.main(["run", f"model.path={run.dir}/final", f"run.dir={tmp_path}/eval", *data])
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["tasks"]["tvg"]["n"] > 0
+    again = make_cfg(
+        world, tmp_path, *taught, f"model.path={run.dir}/final", f"run.dir={tmp_path}/again", "run.steps=1"
+    )
+    train_grpo.train(make_cfg(world, tmp_path, *taught, *names))
+    assert (tmp_path / "again" / "final" / "model.safetensors").is_file()
+
+
 # ---- resuming ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loop", ["sft", "grpo", "refill", "muon"])
+@pytest.mark.parametrize("loop", ["sft", "grpo", "refill", "lora", "muon"])
 def test_resumed_is_uninterrupted_bit_for_bit(world, taught, tmp_path, loop):
     """Stopped after step 2, and again while writing step 3: the files and the weights of 4 steps in one go."""
-    make, train = (make_cfg, train_grpo.train) if loop in ("grpo", "refill") else (sft_cfg, train_sft.train)
+    make, train = (make_cfg, train_grpo.train) if loop in ("grpo", "refill", "lora") else (sft_cfg, train_sft.train)
     validation = (f"data.validation={world}/tvg_validation.yaml", "eval.every=1", "eval.num_samples=2")
     overrides = (*taught, *validation, "loss.beta=0.1", "run.save_every=2", "optim.warmup_steps=1")
     overrides += ("optim.muon_lr=0.01", "model.freeze_vision=false") if loop == "muon" else ()
@@ -182,7 +201,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(world, taught, tmp_path, loop):
     assert all(row["grad_norm"] > 0 and "validation/score" in row for row in metrics_of(parts))
     if loop == "refill":
         assert max(row["group/refills"] for row in metrics_of(whole)) > 0
-    if loop in ("grpo", "refill"):
+    if loop in ("grpo", "refill", "lora"):
         assert read_jsonl(parts / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
     ours, theirs = weights_of(parts), weights_of(whole)
     assert ours.keys() == theirs.keys() and any(not torch.equal(ours[name], halfway[name]) for name in ours)
