@@ -13,19 +13,19 @@ from pathlib import Path
 import diskcache
 import numpy as np
 
-FORMAT = 1  # raise it when the meaning of a stored entry changes: old entries then miss and age out
+FORMAT = 2  # raise it when the meaning of a stored entry changes: old entries then miss and age out
 
 
 def file_key(path: str | os.PathLike, *parts: object) -> str:
-    """Key of what was made from a file: hash of the format, resolved path, size, mtime (ns) and `parts`.
+    """Key of what was made from a file, or a folder of files: hash of their names, sizes, mtimes (ns) and `parts`.
 
     `parts` must have a `repr` that is equal in every process (numbers, strings, tuples of them). Raises
     FileNotFoundError.
     """
-    resolved = Path(path).resolve()
-    stat = resolved.stat()
-    identity = (FORMAT, str(resolved), stat.st_size, stat.st_mtime_ns, parts)
-    return hashlib.sha256(repr(identity).encode()).hexdigest()
+    resolved = Path(path).resolve(strict=True)
+    files = sorted(file for file in resolved.iterdir() if file.is_file()) if resolved.is_dir() else [resolved]
+    states = [(file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+    return hashlib.sha256(repr((FORMAT, str(resolved), states, parts)).encode()).hexdigest()
 
 
 class FrameCache:

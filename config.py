@@ -51,6 +51,10 @@ class DataConfig:
     batch_size: int = 16  # videos per optimizer step, over all processes
     micro_batch_size: int = 16  # videos per forward and backward pass and process; changes no gradient
     out_of_clip: Literal["clamp", "drop", "error"] = "clamp"  # a segment that ends after its video
+    manifest: str = ""  # written by `python data.py check`; the records it calls bad are dropped; "" for none
+    workers: int = 2  # processes of each training process that decode ahead; 0: none, and no decode_timeout
+    decode_timeout: float = 120.0  # seconds that decoding one video may take
+    max_bad_share: float = 0.1  # of the samples asked for; past it, videos that cannot be read end the run
     cache_dir: str = "tiny_world/cache"  # decoded frames; "" for none
     cache_gib: float = 4.0  # size of that cache, in GiB
 
@@ -168,6 +172,9 @@ class EvalConfig:
 class TestDataConfig:
     test: str = "tiny_world/tvg_test.yaml"  # what to evaluate: .yaml, .jsonl or .json, as for training
     out_of_clip: Literal["clamp", "drop", "error"] = "clamp"
+    manifest: str = ""
+    workers: int = 2
+    decode_timeout: float = 120.0
     cache_dir: str = "tiny_world/cache"
     cache_gib: float = 4.0
 
@@ -229,8 +236,21 @@ class EvalRunConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    def __post_init__(self):
+        _check_data(self.data)
+
+
+def _check_data(cfg) -> None:
+    if cfg.workers < 0:
+        raise ValueError(f"data.workers must be at least 0, got {cfg.workers}")
+    if cfg.decode_timeout <= 0:
+        raise ValueError(f"data.decode_timeout must be above 0, got {cfg.decode_timeout}")
+
 
 def _check_training(cfg) -> None:
+    _check_data(cfg.data)
+    if not 0 <= cfg.data.max_bad_share <= 1:
+        raise ValueError(f"data.max_bad_share must be from 0 to 1, got {cfg.data.max_bad_share}")
     positive = {
         "run.steps": cfg.run.steps,
         "run.save_every": cfg.run.save_every,

@@ -12,7 +12,9 @@ import functools
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,16 @@ from tqdm import tqdm
 
 import config
 from config import EvalConfig, EvalRunConfig
-from data import PromptBuilder, Sample, make_builder, read_samples
+from data import read_samples
+from loader import make_workers, read_ahead
 from policy import Policy, load_policy, save_model
+from prompts import Prompt, PromptBuilder, make_builder
+from records import Sample
 from rewards import Segment, choice_from, final_text, parse_answer, segments_from, temporal_iop, temporal_iou
 from rollout import generate
 from run import Run, environment, user_errors
+from video import VideoError
+from workers import Workers
 
 ANSWER_MODES = ("tagged", "tagged_or_text")
 MAIN_METRIC = {"tvg": "miou", "mcqa": "accuracy", "gqa": "acc_gqa"}
@@ -35,17 +42,37 @@ _CHUNK = 100  # resamples drawn at once: bounds the memory to 100 x n counts
 
 
 def predict(
-    policy: Policy, samples: Sequence[Sample], builder: PromptBuilder, cfg: EvalConfig, progress=iter
+    policy: Policy,
+    samples: Sequence[Sample],
+    builder: PromptBuilder,
+    workers: Workers,
+    cfg: EvalConfig,
+    progress=iter,
 ) -> list[dict]:
-    """Greedy answers of the (unwrapped) policy as prediction rows, in the order of the samples."""
-    rows = []
+    """Greedy answers of the (unwrapped) policy as prediction rows, in the order of the samples.
+
+    A row has `video_tokens` and `frames_cut`; or, where the video cannot be read, no answer and an `error`.
+    """
+    rows: list[dict] = []
+    loaded = read_ahead(samples, builder, workers, cfg.batch_size + 2 * workers.num)
     for start in progress(range(0, len(samples), cfg.batch_size)):
-        prompts = builder.many(samples[start : start + cfg.batch_size])
-        rollout = generate(
-            policy, prompts, policy.embed_each(prompts), 1, cfg.max_new_tokens, cfg.batch_size, seed=None
-        )
-        rows += [prediction(prompt.sample, text, cfg.answer) for prompt, text in zip(prompts, rollout.texts)]
+        some = samples[start : start + cfg.batch_size]
+        results = list(islice(loaded, len(some)))
+        prompts = [result for result in results if isinstance(result, Prompt)]
+        texts = iter(answers(policy, prompts, cfg) if prompts else ())
+        for sample, result in zip(some, results, strict=True):
+            if isinstance(result, VideoError):
+                rows.append(prediction(sample, "", cfg.answer) | {"error": str(result)})
+            else:
+                used = {"video_tokens": result.video.num_tokens, "frames_cut": result.video.frames_cut}
+                rows.append(prediction(sample, next(texts), cfg.answer) | used)
     return rows
+
+
+def answers(policy: Policy, prompts: list[Prompt], cfg: EvalConfig) -> list[str]:
+    """One greedy response to each prompt."""
+    embeds = policy.embed_each(prompts)
+    return generate(policy, prompts, embeds, 1, cfg.max_new_tokens, cfg.batch_size, seed=None).texts
 
 
 def prediction(sample: Sample, response: str, answer: str) -> dict[str, Any]:
@@ -64,11 +91,12 @@ class Validator:
     The mean is over tasks, of `MAIN_METRIC`. `state` survives a resume.
     """
 
-    def __init__(self, cfg, builder: PromptBuilder, run: Run):
-        self.cfg, self.builder, self.run = cfg, builder, run
-        self.state = {"best": -1.0} | run.state
-        active = cfg.data.validation and cfg.eval.every
-        self.samples = read_samples(cfg.data.validation, cfg.data.out_of_clip, cfg.run.seed) if active else []
+    def __init__(self, cfg, builder: PromptBuilder, workers: Workers, run: Run):
+        self.cfg, self.builder, self.workers, self.run = cfg, builder, workers, run
+        self.state = {"best": run.state.get("best", -1.0)}
+        self.samples = []
+        if cfg.data.validation and cfg.eval.every:
+            self.samples = read_samples(cfg.data.validation, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         if cfg.eval.num_samples:
             self.samples = self.samples[: cfg.eval.num_samples]
 
@@ -78,7 +106,7 @@ class Validator:
             return {}
         accelerator = self.run.accelerator
         mine = self.samples[accelerator.process_index :: accelerator.num_processes]
-        rows = gather_object(predict(policy, mine, self.builder, self.cfg.eval))
+        rows = gather_object(predict(policy, mine, self.builder, self.workers, self.cfg.eval))
         tasks = score_predictions(rows, self.cfg.eval.answer)["tasks"]
         score = sum(tasks[task][MAIN_METRIC[task]] for task in tasks) / len(tasks)
         if score > self.state["best"]:
@@ -88,7 +116,7 @@ class Validator:
         named = {
             f"validation/{task}/{name}": v for task in tasks for name, v in tasks[task].items() if isinstance(v, float)
         }
-        return named | {"validation/score": score}
+        return named | {"validation/score": score, "validation/num_unreadable": float(sum("error" in r for r in rows))}
 
 
 def answer_of(response: str, answer: str = "tagged") -> str | None:
@@ -131,14 +159,16 @@ def sample_values(row: Mapping[str, Any], answer: str = "tagged") -> dict[str, f
 
 
 def score_predictions(rows: Sequence[Mapping[str, Any]], answer: str = "tagged", seed: int = 0) -> dict[str, Any]:
-    """The metrics of prediction rows: {"tasks": {task: metrics}, "types": {task: {type: metrics}}}.
+    """The metrics of prediction rows: {"tasks": {task: metrics}, "types": {task: {type: metrics}}, "videos": {...}}.
 
-    Metrics are `n` (rows) and percentages from 0 to 100, each with its 95% interval beside it (`miou_ci95`).
-    `types` holds the rows that have a `type`. Raises ValueError naming the row (from 1) and the key.
+    Metrics are `n` (rows), `num_unreadable` (those with an `error`, counted as wrong) and percentages from 0 to 100,
+    each with its 95% interval beside it (`miou_ci95`). `types` holds the rows that have a `type`; `videos` the tokens
+    that videos really took, and the frames that the token budget cost them. Raises ValueError naming row and key.
     """
     if answer not in ANSWER_MODES:
         raise ValueError(f"answer: {answer!r} is none of {', '.join(ANSWER_MODES)}")
     values: dict[str, list[dict[str, float]]] = {}
+    unreadable: Counter[str] = Counter()
     typed: dict[str, dict[str, list[dict[str, float]]]] = {}
     seen: set[Any] = set()
     for number, row in enumerate(rows, 1):
@@ -148,10 +178,21 @@ def score_predictions(rows: Sequence[Mapping[str, Any]], answer: str = "tagged",
             raise ValueError(f"row {number}: {error}") from error
         seen.add(row_id)
         values.setdefault(row["task"], []).append(value)
+        unreadable[row["task"]] += "error" in row
         if row.get("type") is not None:
             typed.setdefault(row["task"], {}).setdefault(str(row["type"]), []).append(value)
     types = {task: {name: _metrics(group, seed) for name, group in by.items()} for task, by in typed.items()}
-    return {"tasks": {task: _metrics(group, seed) for task, group in values.items()}, "types": types}
+    tasks = {task: {"num_unreadable": unreadable[task]} | _metrics(group, seed) for task, group in values.items()}
+    return {"tasks": tasks, "types": types, "videos": _video_use(rows)}
+
+
+def _video_use(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    used = [(row.get("video_tokens"), row.get("frames_cut")) for row in rows]
+    used = [pair for pair in used if all(isinstance(number, int) for number in pair)]
+    if not used:
+        return {}
+    tokens, cut = np.mean(used, axis=0)
+    return {"tokens_mean": float(tokens), "tokens_max": max(used)[0], "frames_cut_mean": float(cut)}
 
 
 def bootstrap_interval(values_NM: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -266,13 +307,14 @@ def evaluate(cfg: EvalRunConfig) -> dict[str, Any]:
     """Answer every test sample; writes predictions.jsonl and metrics.json into `run.dir`, returns the metrics."""
     with user_errors():
         run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, "none", resume=False, keep=1)
-        samples = read_samples(cfg.data.test, cfg.data.out_of_clip, cfg.run.seed)
+        samples = read_samples(cfg.data.test, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         policy = load_policy(cfg.model).to(run.accelerator.device)
         builder = make_builder(cfg, policy.tokenizer)
     accelerator = run.accelerator
     mine = samples[accelerator.process_index :: accelerator.num_processes]
     bar = functools.partial(tqdm, desc="eval", unit="batch", disable=not run.is_main)
-    rows = gather_object(predict(policy, mine, builder, cfg.eval, bar))
+    with make_workers(builder, cfg.data) as workers:
+        rows = gather_object(predict(policy, mine, builder, workers, cfg.eval, bar))
     metrics = {"spec": specification(cfg)} | score_predictions(rows, cfg.eval.answer)
     if run.is_main:
         lines = [json.dumps(row, ensure_ascii=False) for row in sorted(rows, key=lambda row: row["id"])]
@@ -290,6 +332,7 @@ def specification(cfg: EvalRunConfig) -> dict[str, Any]:
     return {
         "model": cfg.model.path,
         "test": cfg.data.test,
+        "manifest": cfg.data.manifest,
         "video": dataclasses.asdict(cfg.video),
         "prompt_hash": hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:12],
         "max_new_tokens": cfg.eval.max_new_tokens,
@@ -301,9 +344,10 @@ def specification(cfg: EvalRunConfig) -> dict[str, Any]:
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
     for task, values in metrics["tasks"].items():
-        num_failed = round(values["n"] * values["parse_fail"] / 100)
+        num_failed, num_unreadable = round(values["n"] * values["parse_fail"] / 100), values["num_unreadable"]
         shown = " ".join(f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float) and k != "parse_fail")
-        print(f"{task}: n {values['n']} {shown}; {num_failed} without a usable answer, counted as wrong")
+        unreadable = f", {num_unreadable} of them for want of a readable video" if num_unreadable else ""
+        print(f"{task}: n {values['n']} {shown}; {num_failed} without a usable answer{unreadable}, counted as wrong")
 
 
 def _run_command(args: argparse.Namespace) -> None:
@@ -320,10 +364,7 @@ def _score_command(args: argparse.Namespace) -> None:
         raise SystemExit(f"{error.filename}: {error.strerror}") from error
     except ValueError as error:
         raise SystemExit(f"{args.predictions}: {error}") from error
-    for task, values in metrics["tasks"].items():
-        num_failed = round(values["n"] * values["parse_fail"] / 100)
-        shown = " ".join(f"{name} {value:.2f}" for name, value in values.items() if isinstance(value, float))
-        print(f"{task}: n {values['n']} {shown}; {num_failed} without a usable answer, counted as wrong")
+    _print_metrics(metrics)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import cached_file
 
 from config import ModelConfig
-from data import Prompt
+from prompts import Prompt
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 HEAD_CHUNK = 512  # completion tokens per chunk of the head: their (chunk, V) float32 logits are all that is kept

@@ -26,7 +26,8 @@ Segment = tuple[float, float]  # (start, end) in seconds, start <= end
 PARTS = {"tvg": ("format", "iou"), "mcqa": ("format", "answer"), "gqa": ("format", "answer", "iou")}
 MAX_ANSWER_CHARS = 4000  # a longer answer block is malformed; bounds the number of segments as well
 COLUMNS = (
-    "id", "task", "video", "question", "duration", "options", "answer", "segments", "clip", "type", "response",
+    "id", "task", "video", "question", "duration", "options", "answer", "segments", "clip", "fps", "type",
+    "response",
 )  # fmt: skip
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from data import Prompt
 from grpo import completion_mask
 from policy import Policy, prompt_positions
+from prompts import Prompt
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A run and its folder: processes and seeds, environment, metrics, samples, checkpoints, resume.
 
 Not a trainer: it holds no loop and knows no model. The folder has config.yaml and env.json (written first),
-metrics.jsonl (one row per step, the truth; trackers mirror it), samples.jsonl, checkpoints/, best/ and final/.
+metrics.jsonl (one row per step, the truth; trackers mirror it), samples.jsonl, bad_samples.jsonl where there were
+such, checkpoints/, best/ and final/.
 """
 
 import json
@@ -41,6 +42,7 @@ PACKAGES = (
     "tokenizers",
 )
 UNUSED = {"config.yaml", "env.json", "logs"}  # all that a run leaves which failed before its first step
+MAY_CHANGE = {"run.steps", "data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one resume to the next
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -119,7 +121,7 @@ class Run:
                 raise ValueError(f"--resume: no complete checkpoint in {self.dir / 'checkpoints'}")
             saved = json.loads((self.checkpoint / "run.json").read_text())
             self.start_step, self.state = saved["step"], saved["state"]
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl"):
                 cut_back(self.dir / name, self.start_step)
         elif self.dir.exists() and {path.name for path in self.dir.iterdir()} - UNUSED:
             raise FileExistsError(f"run.dir {self.dir} exists; give --resume to go on, or another run.dir")
@@ -133,7 +135,7 @@ class Run:
         if not path.is_file():
             raise FileNotFoundError(f"--resume: {path} not found")
         old, new = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(config_yaml))
-        differing = sorted(k for k in old.keys() | new.keys() if k != "run.steps" and old.get(k) != new.get(k))
+        differing = sorted(k for k in (old.keys() | new.keys()) - MAY_CHANGE if old.get(k) != new.get(k))
         if differing:
             pairs = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differing)
             raise ValueError(f"--resume: {path} differs in {pairs}")
@@ -151,17 +153,24 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to metrics.jsonl and hand it to the tracker. Main process only acts."""
-        if self.is_main:
-            with open(self.dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.append("metrics.jsonl", [{"step": step} | metrics])
         self.accelerator.log(metrics, step=step)
 
     def log_samples(self, rows: Sequence[dict]) -> None:
         """Append the rows of all processes, in the order of their `group`, to samples.jsonl."""
-        rows = sorted(gather_object(list(rows)), key=lambda row: row["group"])
+        self.append("samples.jsonl", sorted(gather_object(list(rows)), key=lambda row: row["group"]))
+
+    def append(self, name: str, rows: Sequence[dict]) -> None:
+        """Append rows to a .jsonl of the folder, which a resume cuts back by their `step`. Main process only acts."""
         if self.is_main:
-            with open(self.dir / "samples.jsonl", "a", encoding="utf-8") as file:
+            with open(self.dir / name, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def rows(self, name: str) -> list[dict]:
+        """The rows of a .jsonl of the folder; none where it is not there."""
+        path = self.dir / name
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        return [json.loads(line) for line in lines]
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
         """The same numbers summed over all processes; every process must bring the same keys."""
@@ -337,13 +346,10 @@ def set_learning_rate(optimizer, step: int, steps: int, cfg) -> float:
     return cfg.lr * scale
 
 
-def local_slice(batch: Sequence, accelerator: Accelerator) -> Sequence:
-    """This process's share of a global batch; raises ValueError when it does not divide."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    if len(batch) % world:
-        raise ValueError(f"data.batch_size {len(batch)} does not divide by the {world} processes")
-    size = len(batch) // world
-    return batch[rank * size : (rank + 1) * size]
+def check_batch(size: int, accelerator: Accelerator) -> None:
+    """Raises ValueError when a batch of `size` videos does not divide by the number of processes."""
+    if size % accelerator.num_processes:
+        raise ValueError(f"data.batch_size {size} does not divide by the {accelerator.num_processes} processes")
 
 
 def newest_checkpoint(dir: str | Path) -> Path | None:

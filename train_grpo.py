@@ -17,6 +17,9 @@ metrics.jsonl holds, per step:
     kl, clip_frac, entropy        means over the completion tokens trained on, and over the updates
     length/mean, length/max       completion tokens, EOS included; frac_truncated: without EOS
     logp_gap/mean, logp_gap/max   |sampled - scored log-prob| per token: 0 but for rounding, or something is wrong
+    tokens/video, data/frames_cut means over the videos: tokens really used, frames that the token budget took away
+    data/num_replaced             samples that could not be read and were replaced by others, see loader.py
+    time/data, time/data_wait     seconds until the prompts were there; waiting for decoded frames and other processes
 """
 
 import json
@@ -30,13 +33,15 @@ from tqdm import tqdm
 
 import config
 from config import GrpoConfig
-from data import PromptBuilder, Sample, batch_indices, make_builder, read_samples, refill_indices
+from data import read_samples, refill_indices
 from eval import Validator
 from grpo import group_advantages, group_stats, overlong_penalty, policy_loss, token_weights
+from loader import Loader, make_workers
 from policy import Policy, load_policy, pack, packed_logps, save_model
+from prompts import make_builder, video_means, video_sums
 from rewards import PARTS, Reward, load_functions, score_all
 from rollout import Rollout, generate
-from run import Clock, Run, check_precision, local_slice, make_optimizer, set_learning_rate, user_errors
+from run import Clock, Run, check_batch, check_precision, make_optimizer, set_learning_rate, user_errors
 
 CAUSES = {
     "no group had rewards that differ, so there was no gradient": "questions that are all too easy or too hard for "
@@ -87,24 +92,20 @@ def loss_mask(rollout: Rollout, cfg: GrpoConfig) -> Tensor:
     return rollout.mask_BT & ~rollout.truncated_B[:, None] if drop_truncated else rollout.mask_BT
 
 
-def collect_groups(
-    policy: Policy, samples: list[Sample], builder: PromptBuilder, functions, cfg: GrpoConfig, step: int, run, clock
-) -> Groups:
+def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, step: int, run: Run, clock) -> Groups:
     """Sample a step's groups; while some are dead and rounds are left, sample further videos in their place.
 
     `policy` is the unwrapped model. The videos of a round are shared out evenly; where they do not divide, the last
     one is sampled more than once, and once kept, so that all processes make the same calls.
     """
-    r, world, rank = cfg.rollout, run.accelerator.num_processes, run.accelerator.process_index
-    wanted = batch_indices(len(samples), cfg.data.batch_size, step, cfg.run.seed)
-    taken, own, totals, tokens = [], [], [], []
+    r, num_samples = cfg.rollout, len(loader.samples)
+    own, totals, tokens = [], [], []
     rollouts, video_embeds, rewards = [], [], []
-    num_refills = 0
+    num_refills = num_groups = 0
+    with clock("data"):
+        batch = loader.batch(step)
     while True:
-        share = -(-len(wanted) // world)
-        padded = wanted + wanted[-1:] * (share * world - len(wanted))
-        with clock("data"):
-            prompts = builder.many([samples[i] for i in padded[rank * share : (rank + 1) * share]])
+        prompts = batch.prompts
         with clock("vision"):
             embeds = policy.embed_each(prompts)
         with clock("rollout"):
@@ -114,23 +115,24 @@ def collect_groups(
         with clock("reward"):
             scored, totals_PG = score_groups(rollout, functions, cfg, step)
         tokens_P = loss_mask(rollout, cfg).sum(1).view(-1, r.group_size).sum(1)
-        totals.append(run.gather(totals_PG)[: len(wanted)])
-        tokens.append(run.gather(tokens_P)[: len(wanted)])
-        places = range(rank * share, min((rank + 1) * share, len(wanted)))
-        if places:
-            own += [len(taken) + place for place in places]
-            rollouts.append(rollout.take(range(len(places))))
-            video_embeds += embeds[: len(places)]
-            rewards += scored[: len(places) * r.group_size]
-        taken += wanted
+        totals.append(run.gather(totals_PG)[: batch.num_places])
+        tokens.append(run.gather(tokens_P)[: batch.num_places])
+        if batch.places:
+            own += [num_groups + place for place in batch.places]
+            rollouts.append(rollout.take(range(len(batch.places))))
+            video_embeds += embeds[: len(batch.places)]
+            rewards += scored[: len(batch.places) * r.group_size]
+        num_groups += batch.num_places
         num_mixed = group_stats(torch.cat(totals), cfg.group.tolerance)["num_mixed"]
         num_missing = cfg.data.batch_size - int(num_mixed)
-        wanted = refill_indices(len(samples), taken, num_missing, step, num_refills + 1, cfg.run.seed)
+        wanted = refill_indices(num_samples, batch.taken, num_missing, step, num_refills + 1, cfg.run.seed)
         if num_refills == cfg.group.max_refills or not wanted:
             return Groups(
                 Rollout.join(rollouts), video_embeds, rewards, own, torch.cat(totals), torch.cat(tokens), num_refills
             )
         num_refills += 1
+        with clock("data"):
+            batch = loader.refill(step, num_refills, wanted, batch.taken)
 
 
 def choose_groups(groups: Groups, cfg: GrpoConfig) -> tuple[list[int], list[int], Tensor]:
@@ -234,6 +236,7 @@ def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoCo
         "prompt_tokens": float(sum(len(prompt.ids) for prompt in rollout.prompts)),
         "truncated": float(rollout.truncated_B.sum()),
         "total": sum(reward.total for reward in groups.rewards),
+        **video_sums(rollout.prompts),
     }
     parts = [*PARTS["gqa"], "overlong", *(function.name for function in functions)]
     for part in parts:
@@ -254,6 +257,7 @@ def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoCo
         "grad_norm": stats["grad_norm"],
         "tokens/prompt": s["prompt_tokens"],
         "tokens/completion": s["completion_tokens"],
+        **video_means(s),
     }
     gap_max = run.maximum(stats["gap_max"])
     if s["tokens"]:  # the gap is the first update's
@@ -300,16 +304,26 @@ def sample_rows(groups: Groups, step: int) -> list[dict]:
     ]
 
 
+def print_step(step: int, metrics: dict[str, float], rows: list[dict], warnings: list[str], every: int) -> None:
+    """Warnings, and now and then two completions."""
+    for warning in warnings:
+        tqdm.write(warning, file=sys.stderr)
+    if step % every == 0:
+        shown = [f"  {r:.2f} {json.dumps(c)}" for c, r in list(zip(rows[0]["completions"], rows[0]["rewards"]))[:2]]
+        tqdm.write("\n".join([f"step {step}: reward {metrics['reward/total']:.3f}; {rows[0]['id']}", *shown]))
+
+
 def train(cfg: GrpoConfig, resume: bool = False) -> Run:
     with user_errors():
         check_precision(cfg.model)
         run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
-        local_slice(range(cfg.data.batch_size), run.accelerator)
+        check_batch(cfg.data.batch_size, run.accelerator)
         functions = load_functions(cfg.rewards.functions)
-        samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed)
+        samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.accelerator.device)
         builder = make_builder(cfg, raw.tokenizer)
-        validator = Validator(cfg, builder, run)
+        workers = make_workers(builder, cfg.data)
+        validator = Validator(cfg, builder, workers, run)
     reference = None
     if cfg.loss.beta and cfg.model.lora_rank:
         reference = raw  # with its adapter switched off
@@ -318,25 +332,24 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
         reference.requires_grad_(False)
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
     clock, alarm = Clock(), Alarm(cfg.group.warn_after)
-    for step in tqdm(range(run.start_step, cfg.run.steps), desc="grpo", disable=not run.is_main):
-        with clock("step"):
-            lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
-            groups = collect_groups(raw, samples, builder, functions, cfg, step, run, clock)
-            with clock("update"):
-                stats = update(policy, reference, optimizer, groups, cfg, run)
-        metrics = step_metrics(groups, stats, functions, cfg, run) | {"lr": lr} | validator(step + 1, raw)
-        times = clock.times()
-        run.log(step + 1, metrics | times | {"tokens_per_s": metrics["tokens/completion"] / times["time/step"]})
-        rows = sample_rows(groups, step + 1)
-        run.log_samples(rows)
-        if run.is_main:
-            for warning in alarm(metrics):
-                tqdm.write(warning, file=sys.stderr)
-        if run.is_main and (step + 1) % cfg.run.print_every == 0:
-            shown = [f"  {r:.2f} {json.dumps(c)}" for c, r in list(zip(rows[0]["completions"], rows[0]["rewards"]))[:2]]
-            tqdm.write("\n".join([f"step {step + 1}: reward {metrics['reward/total']:.3f}; {rows[0]['id']}", *shown]))
-        if (step + 1) % cfg.run.save_every == 0 or step + 1 == cfg.run.steps:
-            run.save_checkpoint(step + 1, validator.state)
+    with workers:
+        loader = Loader(samples, builder, workers, cfg, run, clock)
+        for step in tqdm(range(run.start_step, cfg.run.steps), desc="grpo", disable=not run.is_main):
+            with clock("step"):
+                lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
+                groups = collect_groups(raw, loader, functions, cfg, step, run, clock)
+                with clock("update"):
+                    stats = update(policy, reference, optimizer, groups, cfg, run)
+            metrics = step_metrics(groups, stats, functions, cfg, run) | {"data/num_replaced": loader.num_replaced}
+            metrics |= {"lr": lr} | validator(step + 1, raw)
+            times = clock.times()
+            run.log(step + 1, metrics | times | {"tokens_per_s": metrics["tokens/completion"] / times["time/step"]})
+            rows = sample_rows(groups, step + 1)
+            run.log_samples(rows)
+            if run.is_main:
+                print_step(step + 1, metrics, rows, alarm(metrics), cfg.run.print_every)
+            if (step + 1) % cfg.run.save_every == 0 or step + 1 == cfg.run.steps:
+                run.save_checkpoint(step + 1, validator.state | loader.state)
     if run.is_main:
         save_model(raw, run.dir / "final", cfg.model.path)
     run.finish()

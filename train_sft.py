@@ -9,11 +9,14 @@ from tqdm import tqdm
 
 import config
 from config import SftConfig
-from data import Prompt, Sample, batch_indices, make_builder, read_samples
+from data import read_samples
 from eval import Validator
+from loader import Loader, make_workers
 from policy import load_policy, pack, save_model
+from prompts import Prompt, make_builder, video_means, video_sums
+from records import Sample
 from rewards import format_answer
-from run import Clock, Run, check_precision, local_slice, make_optimizer, set_learning_rate, user_errors
+from run import Clock, Run, check_batch, check_precision, make_optimizer, set_learning_rate, user_errors
 
 
 def target_text(sample: Sample, think: bool) -> str:
@@ -53,30 +56,34 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
     with user_errors():
         check_precision(cfg.model)
         run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
-        samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed)
+        samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         for sample in samples:
             target_text(sample, cfg.prompt.think)
+        check_batch(cfg.data.batch_size, run.accelerator)
         raw = load_policy(cfg.model).to(run.accelerator.device)
-        local_slice(range(cfg.data.batch_size), run.accelerator)
         builder = make_builder(cfg, raw.tokenizer)
-        validator = Validator(cfg, builder, run)
+        workers = make_workers(builder, cfg.data)
+        validator = Validator(cfg, builder, workers, run)
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
     clock = Clock()
-    for step in tqdm(range(run.start_step, cfg.run.steps), desc="sft", disable=not run.is_main):
-        with clock("step"):
-            lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
-            with clock("data"):
-                indices = batch_indices(len(samples), cfg.data.batch_size, step, cfg.run.seed)
-                prompts = builder.many([samples[i] for i in local_slice(indices, run.accelerator)])
-                targets = target_ids(prompts, raw, cfg.prompt.think)
-            num_tokens = run.sums({"tokens": sum(len(group[0]) for group in targets)})["tokens"]
-            with clock("update"):
-                loss, grad_norm = update(policy, optimizer, prompts, targets, num_tokens, cfg, run)
-        metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens/targets": num_tokens}
-        metrics |= validator(step + 1, raw) | clock.times()
-        run.log(step + 1, metrics)
-        if (step + 1) % cfg.run.save_every == 0 or step + 1 == cfg.run.steps:
-            run.save_checkpoint(step + 1, validator.state)
+    with workers:
+        loader = Loader(samples, builder, workers, cfg, run, clock)
+        for step in tqdm(range(run.start_step, cfg.run.steps), desc="sft", disable=not run.is_main):
+            with clock("step"):
+                lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
+                with clock("data"):
+                    prompts = loader.batch(step).prompts
+                    targets = target_ids(prompts, raw, cfg.prompt.think)
+                num_targets = sum(len(group[0]) for group in targets)
+                sums = run.sums({"tokens": float(num_targets)} | video_sums(prompts))
+                with clock("update"):
+                    loss, grad_norm = update(policy, optimizer, prompts, targets, sums["tokens"], cfg, run)
+            metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens/targets": sums["tokens"]}
+            metrics |= video_means(sums) | {"data/num_replaced": loader.num_replaced}
+            metrics |= validator(step + 1, raw) | clock.times()
+            run.log(step + 1, metrics)
+            if (step + 1) % cfg.run.save_every == 0 or step + 1 == cfg.run.steps:
+                run.save_checkpoint(step + 1, validator.state | loader.state)
     if run.is_main:
         save_model(raw, run.dir / "final", cfg.model.path)
     run.finish()

@@ -1,46 +1,26 @@
-"""A video file to Qwen2-VL patches: plan frames and size within a token budget, decode, resize, patchify.
+"""A video to Qwen2-VL patches: plan frames and size within a token budget, decode, resize, patchify.
 
-Not a video library: no audio, no text, no model. Nothing to run; `load_video` has the steps in order.
+Not a reader of files (readers.py): no audio, no text, no model. Nothing to run; `load_video` is the whole way,
+`decode_video` its expensive half, `to_video` the other, and `check_video` says what is wrong with a file.
 """
 
 import json
 import math
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-import av
-import decord
 import numpy as np
 import torch
-from decord._ffi.base import DECORDError
 from torch.nn.functional import interpolate
 from transformers.utils import cached_file
 
 from cache import FrameCache, file_key
-
-decord.logging.set_level(decord.logging.QUIET)
-av.logging.set_level(av.logging.PANIC)
+from readers import Header, VideoError, decodable, probe, read_av, read_decord, read_folder
 
 Clip = tuple[float, float]  # start and end in seconds
-SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # FFmpeg's names of what decord can seek in
-CHUNK_FRAMES = 16  # frames decoded before they are resized: bounds memory on long high-resolution files
-
-
-class VideoError(ValueError):
-    """A video that cannot be used; `path` and a one-line `reason`."""
-
-    def __init__(self, path: str | os.PathLike, reason: str):
-        super().__init__(str(path), reason)  # both in args, so that it crosses a process boundary
-        self.path, self.reason = str(path), reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+MIN_SIDE = 8  # pixels; files of 1x1 pixels exist, and show nothing
 
 
 class VideoSpec(Protocol):
@@ -75,28 +55,25 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a file says before anything is decoded.
-
-    Where not `seekable`, decord returns other frames than asked for, without an error: it takes a key frame's
-    place in the file for its place in time, which B-frames shown before it make wrong (open GOP, as x265 does
-    by default; MPEG-4 and MPEG-2), and its seeks miss where AVI or MPEG-TS holds B-frames.
-    """
-
-    num_frames: int
-    fps: float  # average
-    seekable: bool  # decord's random access can be relied on
-
-
-@dataclass(frozen=True)
 class VideoPlan:
     """Which F frames to decode and the size to give them."""
 
-    frame_indices: tuple[int, ...]  # in the file; ascending, the last one repeated when the clip is too short
-    frame_times: tuple[float, ...]  # seconds from the start of the clip; repeats go on at the frame rate
+    frame_indices: tuple[int, ...]  # in the file; ascending, the same one again where it is held
+    frame_times: tuple[float, ...]  # seconds from the start of the clip at which they are shown, or held
+    second_per_grid: float  # seconds between temporal grid steps
     size: tuple[int, int]  # height and width after resizing, pixels
     grid_thw: tuple[int, int, int]  # patches along time, height, width
     num_tokens: int  # after merging
+    frames_cut: int  # frames the token budget took away
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """A video decoded and resized, as a worker process sends it and the cache stores it."""
+
+    frames: np.ndarray  # (F, 3, h, w) uint8 RGB
+    times: np.ndarray  # (F,) float64, seconds from the start of the clip
+    second_per_grid: float  # seconds between temporal grid steps
     frames_cut: int  # frames the token budget took away
 
 
@@ -132,16 +109,23 @@ def read_geometry(model_path: str | os.PathLike) -> Geometry:
     raise FileNotFoundError(f"{model_path}: no preprocessor_config.json, nor the video_ one") from missing
 
 
+def _check_size(height: int, width: int) -> None:
+    if min(height, width) < MIN_SIDE:
+        raise ValueError(f"frames of {width}x{height} pixels: a side must have at least {MIN_SIDE}")
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"frames of {width}x{height} pixels: the aspect ratio must be at most 200")
+
+
 def smart_resize(height: int, width: int, factor: int, min_pixels: float, max_pixels: float) -> tuple[int, int]:
     """Height and width near the given ones that `factor` divides, with min_pixels <= area <= max_pixels.
 
-    An elongated frame may miss a limit, as in qwen-vl-utils. Raises ValueError past an aspect ratio of 200.
+    An elongated frame may miss a limit, as in qwen-vl-utils. Raises ValueError for frames that are too small to show
+    anything and past an aspect ratio of 200.
 
     >>> smart_resize(240, 426, 28, 3136, 50176)
     (168, 280)
     """
-    if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
-        raise ValueError(f"frames of {height}x{width}: the aspect ratio must be at most 200")
+    _check_size(height, width)
     if max_pixels < min_pixels:
         raise ValueError(f"max_pixels={max_pixels} is below min_pixels={min_pixels}")
     sides = [max(factor, round(side / factor) * factor) for side in (height, width)]
@@ -182,26 +166,26 @@ def smart_nframes(
     return count
 
 
-def _clip_range(total_frames: int, video_fps: float, clip: Clip | None) -> tuple[int, int, float]:
-    """First frame, number of frames, and seconds from the clip's start to its first frame.
+def _clip_range(times: np.ndarray, fps: float, clip: Clip | None, even: bool) -> tuple[int, int, float, float]:
+    """First frame of a clip, its number of frames, and its start and end in seconds, cut to the file.
 
-    Frames with start <= time < end; where there is none, the one on screen at `start`.
+    Frames with start <= time < end; where there is none, the one on screen at `start`, which also comes before the
+    others where frames are not `even`ly spaced.
 
-    >>> _clip_range(100, 10.0, (1.0, 2.0))
-    (10, 10, 0.0)
+    >>> _clip_range(np.arange(100) / 10, 10.0, (1.0, 2.0), even=True)
+    (10, 10, 1.0, 2.0)
     """
-    if clip is None:
-        return 0, total_frames, 0.0
-    start, end = clip
+    duration, margin = len(times) / fps, 1e-6 / fps  # 0.3 s * 10 is frame 3
+    start, end = clip or (0.0, duration)
     if not 0 <= start < end:
         raise ValueError(f"clip [{start}, {end}] is not 0 <= start < end")
-    if start * video_fps >= total_frames:
-        raise ValueError(f"clip starts at {start} s, the video ends at {total_frames / video_fps:.3f} s")
-    first, stop = (math.ceil(min(t * video_fps, total_frames) - 1e-6) for t in clip)  # 0.3 s * 10 is frame 3
-    if stop <= first:
-        first = math.floor(start * video_fps)
-        stop = first + 1
-    return first, stop - first, max(first / video_fps - start, 0.0)
+    if start >= duration:
+        raise ValueError(f"clip starts at {start} s, the video ends at {duration:.3f} s")
+    first, stop = np.searchsorted(times, (start - margin, end - margin)).tolist()
+    if stop <= first or not even:
+        first = max(int(np.searchsorted(times, start + margin)) - 1, 0)
+        stop = max(stop, first + 1)
+    return first, stop - first, start, min(end, duration)
 
 
 def plan(
@@ -212,22 +196,29 @@ def plan(
     spec: VideoSpec,
     geometry: Geometry,
     clip: Clip | None = None,
+    times: np.ndarray | None = None,
 ) -> VideoPlan:
     """Choose frames and their size from a file's header alone, never past `spec.total_pixels`.
 
-    Frame count, positions and size are those of qwen-vl-utils, with two rules more: where the frames would
-    pass the budget even at their smallest, there are fewer; a clip of fewer than `min_frames` holds its last.
-    Raises ValueError for a clip outside the file, unusable header values and limits that exclude each other.
+    `times` (total_frames,), in seconds, say when the frames are shown, if not frame i at i / video_fps. The file lasts
+    total_frames / video_fps either way. Frame count, positions and size are those of qwen-vl-utils, with three rules
+    more: where the frames would pass the budget even at their smallest, there are fewer; a clip of fewer than
+    `min_frames` holds its last; with `times`, frames are the nearest to points uniform in time, and held where there
+    are no others. Raises ValueError for a clip outside the file, unusable header values and limits that exclude each
+    other.
     """
     if total_frames < 1 or not 0 < video_fps < math.inf:
         raise ValueError(f"{total_frames} frames at {video_fps} frames per second")
-    first, count, offset = _clip_range(total_frames, video_fps, clip)
+    even = times is None
+    times = np.arange(total_frames) / video_fps if even else times
+    first, count, start, end = _clip_range(times, video_fps, clip, even)
     step = geometry.temporal_patch_size
     fewest = math.ceil(max(spec.min_frames, 2) / step) * step
     if spec.max_frames // step * step < fewest:
         raise ValueError(f"max_frames={spec.max_frames} < min_frames={spec.min_frames}, in steps of {step}")
     limits = {"min_frames": fewest, "max_frames": spec.max_frames, "factor": step}
-    wanted = smart_nframes(count, video_fps, fps=spec.fps, **limits) if count > fewest else fewest
+    clip_fps = video_fps if even else count / (end - start)
+    wanted = smart_nframes(count, clip_fps, fps=spec.fps, **limits) if count > fewest else fewest
     for frames in range(wanted, fewest - 1, -step):
         cap = max(min(spec.max_pixels, spec.total_pixels / frames * step), int(spec.min_pixels * 1.05))
         h, w = smart_resize(height, width, geometry.factor, spec.min_pixels, cap)
@@ -235,87 +226,42 @@ def plan(
             break
     else:
         raise ValueError(
-            f"{fewest} frames of {height}x{width} take {fewest // step * h * w} pixels, more than "
+            f"{fewest} frames of {width}x{height} take {fewest // step * h * w} pixels, more than "
             f"total_pixels={spec.total_pixels}: raise it, or lower min_frames or min_pixels={spec.min_pixels}"
         )
-    steps = torch.linspace(0, count - 1, frames).round().int().tolist() if count >= frames else range(frames)
+    shown = times[first : first + count]
+    places, shown_at, seconds = _choose(shown, start, end, frames, video_fps if even else None)
     grid_thw = (frames // step, h // geometry.patch_size, w // geometry.patch_size)
-    indices = tuple(first + min(i, count - 1) for i in steps)
-    times = tuple(offset + i / video_fps for i in steps)
-    return VideoPlan(indices, times, (h, w), grid_thw, geometry.num_tokens(grid_thw), wanted - frames)
+    chosen = tuple((first + places).tolist()), tuple(shown_at.tolist())
+    return VideoPlan(*chosen, step * seconds, (h, w), grid_thw, geometry.num_tokens(grid_thw), wanted - frames)
 
 
-@contextmanager
-def _decoder_errors(path: str, decoder: str) -> Iterator[None]:
-    try:
-        yield
-    # besides its own, decord raises RuntimeError (opening), AssertionError (no frames) and IndexError
-    except (DECORDError, RuntimeError, AssertionError, IndexError, av.error.FFmpegError) as error:
-        text = re.sub(r"\[[\d:]+\] \S+: ", "", str(error)).partition("\n")[0]  # no time, no C++ source line
-        raise VideoError(path, f"{decoder}: {text or type(error).__name__}") from error
+def _choose(
+    times: np.ndarray, start: float, end: float, frames: int, even_fps: float | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Of the frames shown at `times`, so many indices, the seconds from `start` at which each is shown, and their step.
 
-
-def probe(path: str | os.PathLike) -> Header:
-    """Read a file's packets without decoding them. Raises VideoError."""
-    path = str(path)
-    with _decoder_errors(path, "PyAV"), av.open(path) as container:
-        stream = container.streams.best("video")
-        if stream is None:
-            raise VideoError(path, "no video stream")
-        packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size]
-        fps, container_name = float(stream.average_rate or 0), container.format.name
-    seekable = container_name in SEEKABLE and all(pts is not None for pts, _ in packets)
-    if seekable:
-        ranks = np.argsort([pts for pts, _ in packets], kind="stable")
-        seekable = all(ranks[i] == i for i, (_, is_key) in enumerate(packets) if is_key)
-    return Header(len(packets), fps, seekable)
-
-
-class DecordReader:
-    """Random access to a file's frames, turned by its rotation tag; right where `Header.seekable`."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = str(path)
-        with _decoder_errors(self.path, "decord"):
-            self._reader = decord.VideoReader(self.path, num_threads=1)
-
-    def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """Frames at strictly ascending indices, (F, 3, H, W) uint8 RGB. Raises VideoError."""
-        with _decoder_errors(self.path, "decord"):
-            frames = self._reader.get_batch(list(indices)).asnumpy()
-        if frames.ndim != 4 or frames.shape[3] != 3:
-            raise VideoError(self.path, f"decord: frames of shape {frames.shape[1:]}")
-        return torch.from_numpy(frames).permute(0, 3, 1, 2)
-
-
-class AvReader:
-    """The same frames through PyAV, decoding all before them: slower, reads more files."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = str(path)
-        self._next = math.inf  # index of the next frame to decode: nothing open yet
-
-    def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """Frames at strictly ascending indices, (F, 3, H, W) uint8 RGB. Raises VideoError."""
-        frames = []
-        with _decoder_errors(self.path, "PyAV"):
-            if indices[0] < self._next:
-                container = av.open(self.path)
-                self._frames, self._next = container.decode(container.streams.best("video")), 0
-            for index in indices:
-                frame = next(islice(self._frames, index - self._next, None), None)
-                if frame is None:
-                    raise VideoError(self.path, f"PyAV: no frame {index}")
-                self._next = index + 1
-                frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    >>> _choose(np.array([0.0, 50.0, 60.0]), 0.0, 100.0, 4, None)
+    (array([0, 0, 1, 2]), array([ 0., 25., 50., 60.]), 25.0)
+    """
+    count = len(times)
+    if even_fps is not None:  # in float32, as in qwen-vl-utils
+        places = torch.linspace(0, max(count, frames) - 1, frames).round().int().numpy()
+        shown_at = max(times[0] - start, 0.0) + places / even_fps
+        return np.minimum(places, count - 1), shown_at, float(shown_at[-1] - shown_at[0]) / (frames - 1)
+    last = end - (end - start) / max(count, frames)
+    targets = np.linspace(start, max(last, times[-1]) if times[-1] < end else last, frames)
+    places = np.interp(targets, times, np.arange(count)).round().astype(int)  # of the nearest in time
+    held = np.bincount(places)[places] > 1
+    shown_at = np.where(held, targets, np.maximum(times[places], start)) - start
+    return places, shown_at, float(targets[-1] - targets[0]) / (frames - 1)
 
 
 def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Bicubic with antialias, (F, 3, H, W) to (F, 3, height, width); all in uint8, as the processors do."""
     if frames.shape[2:] != (height, width):
         frames = interpolate(frames, size=(height, width), mode="bicubic", antialias=True)
-    return frames.contiguous()
+    return frames
 
 
 def patchify(frames: torch.Tensor, geometry: Geometry) -> torch.Tensor:
@@ -330,32 +276,96 @@ def patchify(frames: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     [0, 1, 4, 5, 2, 3, 6, 7]
     """
     size, merge, step = geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size
-    frames = torch.cat([frames, *[frames[-1:]] * (-len(frames) % step)])
+    if len(frames) % step:
+        frames = torch.cat([frames, *[frames[-1:]] * (-len(frames) % step)])
     f, c, h, w = frames.shape
     split = (f // step, step, c, h // geometry.factor, merge, size, w // geometry.factor, merge, size)
     blocks = frames.view(split).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, H, W, merge, merge, c, step, y, x
-    patches = blocks.reshape(-1, c, step * size * size).float()
     mean, std = torch.tensor([geometry.image_mean, geometry.image_std])[..., None] * 255
-    return patches.sub_(mean).div_(std).flatten(1)
+    patches = torch.from_numpy(np.empty(blocks.shape, np.float32))  # NumPy asks for huge pages: twice as fast
+    return patches.copy_(blocks).view(-1, c, step * size * size).sub_(mean).div_(std).flatten(1)
 
 
-def _decode(path: str, spec: VideoSpec, geometry: Geometry, clip: Clip | None) -> tuple[np.ndarray, ...]:
-    """Resized frames (F, 3, h, w) uint8, their times (F,) and frames_cut, by the first reader that can."""
-    header, reasons = probe(path), []
-    for reader_class in (DecordReader, AvReader) if header.seekable else (AvReader,):
+def _plan(header: Header, spec: VideoSpec, geometry: Geometry, clip: Clip | None) -> VideoPlan:
+    size = header.height, header.width
+    if header.is_vfr or header.first_time:
+        fps = header.num_frames / header.duration
+        return plan(header.num_frames, fps, *size, spec, geometry, clip, header.times)
+    return plan(header.num_frames, header.fps, *size, spec, geometry, clip)
+
+
+def _decode(path: str, header: Header, spec: VideoSpec, geometry: Geometry, clip: Clip | None) -> Frames:
+    """By the first reader that can; where none can, from what there is before the first error."""
+    try:
+        chosen = _plan(header, spec, geometry, clip)
+    except ValueError as error:
+        raise VideoError(path, str(error)) from error
+    unique, inverse = np.unique(chosen.frame_indices, return_inverse=True)
+    frames, reasons = np.empty((len(unique), 3, *chosen.size), np.uint8), []
+    readers = (read_decord, read_av) if header.seekable else (read_av,)
+    for read in (read_folder,) if os.path.isdir(path) else readers:
         try:
-            reader = reader_class(path)
-            height, width = reader.read([0]).shape[2:]
-            chosen = plan(header.num_frames, header.fps, height, width, spec, geometry, clip)
-            unique, repeats = np.unique(chosen.frame_indices, return_counts=True)
-            chunks = [unique[i : i + CHUNK_FRAMES].tolist() for i in range(0, len(unique), CHUNK_FRAMES)]
-            frames = torch.cat([resize(reader.read(chunk), *chosen.size) for chunk in chunks]).numpy()
-            return frames.repeat(repeats, 0), np.array(chosen.frame_times), np.array(chosen.frames_cut)
+            place = 0
+            for block in read(path, header, unique.tolist()):
+                resized = resize(torch.from_numpy(block).permute(0, 3, 1, 2), *chosen.size)
+                frames[place : place + len(block)] = resized.numpy()
+                place += len(block)
+            frames = frames if len(unique) == len(inverse) else frames[inverse]
+            return Frames(frames, np.array(chosen.frame_times), chosen.second_per_grid, chosen.frames_cut)
         except VideoError as error:
             reasons.append(error.reason)
-        except ValueError as error:
-            raise VideoError(path, str(error)) from error
-    raise VideoError(path, "; ".join(reasons))
+    rest, _ = decodable(path, header)
+    if rest.num_frames == header.num_frames:
+        raise VideoError(path, "; ".join(reasons))
+    return _decode(path, rest, spec, geometry, clip)
+
+
+def _check_path(path: str | os.PathLike) -> None:
+    """Raises VideoError for what is no file with content and no folder."""
+    try:
+        size = os.stat(path).st_size
+    except (OSError, ValueError) as error:
+        raise VideoError(path, f"{getattr(error, 'strerror', None) or error}") from error
+    if not size and not os.path.isdir(path):
+        raise VideoError(path, "an empty file")
+
+
+def decode_video(
+    path: str | os.PathLike,
+    spec: VideoSpec,
+    geometry: Geometry,
+    clip: Clip | None = None,
+    fps: float | None = None,
+    cache: FrameCache | None = None,
+) -> Frames:
+    """Frames of a video, or of `clip` of it; from `cache` without opening the video.
+
+    `fps` is the frames per second of a folder of images, and nothing to a file. Where a file decodes in part, that part
+    is the video. Raises VideoError, naming the video, whatever is wrong with it or with the clip and limits on it.
+    """
+    _check_path(path)
+    if cache is None:
+        return _decode(path, probe(path, fps), spec, geometry, clip)
+    limits = [getattr(spec, name) for name in VideoSpec.__annotations__]
+    grid = (geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size)
+    try:
+        key = file_key(path, limits, grid, clip, fps)
+    except OSError as error:
+        raise VideoError(path, error.strerror) from error
+    stored = cache.get(key)
+    if stored is None:
+        decoded = _decode(path, probe(path, fps), spec, geometry, clip)
+        stored = decoded.frames, decoded.times, np.array(decoded.second_per_grid), np.array(decoded.frames_cut)
+        cache.put(key, *stored)
+    return Frames(*stored[:2], float(stored[2]), int(stored[3]))
+
+
+def to_video(frames: Frames, geometry: Geometry) -> Video:
+    """Patches and grid of decoded frames."""
+    num_frames, _, h, w = frames.frames.shape
+    grid_thw = (num_frames // geometry.temporal_patch_size, h // geometry.patch_size, w // geometry.patch_size)
+    patches, num_tokens = patchify(torch.from_numpy(frames.frames), geometry), geometry.num_tokens(grid_thw)
+    return Video(patches, grid_thw, frames.second_per_grid, frames.times.tolist(), num_tokens, frames.frames_cut)
 
 
 def load_video(
@@ -364,25 +374,27 @@ def load_video(
     geometry: Geometry,
     clip: Clip | None = None,
     cache: FrameCache | None = None,
+    fps: float | None = None,
 ) -> Video:
-    """Patches of a video file, or of `clip` of it; from `cache` without opening the file.
+    """Patches of a video: `decode_video`, then `to_video`."""
+    return to_video(decode_video(path, spec, geometry, clip, fps, cache), geometry)
 
-    Raises VideoError, naming the file, whatever is wrong with the file or with the clip and limits on it.
+
+def check_video(path: str | os.PathLike, fps: float | None = None) -> dict[str, str | bool | int | float | None]:
+    """Decode a video to its end, say whether it is usable (`ok`, `reason`), and describe it; never raises.
+
+    What decodes in part is ok with a reason, and described as far as it decodes. `duration` and `first_time` are in
+    seconds, `width` and `height` in pixels after a rotation by `rotation` degrees; what is not known is None.
     """
-    if not os.path.isfile(path) or not os.path.getsize(path):
-        raise VideoError(path, "no such file, or an empty one")
-    grid = (geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size)
-    limits = [getattr(spec, name) for name in VideoSpec.__annotations__]
-    key = file_key(path, *limits, *grid, *(clip or ()))
-    stored = cache.get(key) if cache is not None else None
-    if stored is None:
-        stored = _decode(str(path), spec, geometry, clip)
-        if cache is not None:
-            cache.put(key, *stored)
-    frames, times, frames_cut = stored
-    num_frames, _, h, w = frames.shape
-    grid_thw = (num_frames // grid[2], h // grid[0], w // grid[0])
-    patches = patchify(torch.from_numpy(frames), geometry)
-    second_per_grid = float(grid[2] * (times[-1] - times[0]) / (num_frames - 1))
-    num_tokens = geometry.num_tokens(grid_thw)
-    return Video(patches, grid_thw, second_per_grid, times.tolist(), num_tokens, int(frames_cut))
+    header = None
+    try:
+        _check_path(path)
+        header = probe(path, fps)
+        _check_size(header.height, header.width)
+        header, reason = decodable(path, header)
+        verdict = {"ok": True, "reason": reason}
+    except ValueError as error:
+        verdict = {"ok": False, "reason": getattr(error, "reason", str(error))}
+    names = {"frames": "num_frames", "vfr": "is_vfr"}
+    names |= {n: n for n in ("duration", "fps", "width", "height", "rotation", "first_time", "codec")}
+    return verdict | {key: getattr(header, name, None) for key, name in names.items()}

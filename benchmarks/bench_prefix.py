@@ -38,8 +38,9 @@ from transformers import LogitsProcessorList
 
 import tiny
 from config import ModelConfig
-from data import Prompt, Sample
 from policy import Policy, load_policy, pack, prompt_positions
+from prompts import Prompt
+from records import Sample
 from rollout import GumbelSampler, generate, row_seed
 from run import environment
 from video import Video

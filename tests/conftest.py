@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 import config
 import data
+import prompts
 import tiny
 import train_sft
+import video
 from policy import Policy, load_policy
 from run import Run
 
@@ -52,6 +54,7 @@ def make_cfg(world: Path, tmp_path: Path, *overrides: str) -> config.GrpoConfig:
         f"data.train={world}/tvg_train.yaml",
         "data.validation=''",
         "data.batch_size=4",
+        "data.workers=0",
         f"data.cache_dir={tmp_path}/cache",
         f"run.dir={tmp_path}/run",
         "run.steps=2",
@@ -67,17 +70,31 @@ def make_cfg(world: Path, tmp_path: Path, *overrides: str) -> config.GrpoConfig:
     return config.load(config.GrpoConfig, [], base + list(overrides))
 
 
-def make_prompts(world: Path, policy: Policy, num: int = 3, name: str = "mix_train") -> list[data.Prompt]:
+def make_prompts(world: Path, policy: Policy, num: int = 3, name: str = "mix_train") -> list[prompts.Prompt]:
     """Prompts of unequal length: several tasks, clips of several durations."""
-    builder = data.PromptBuilder(
-        policy.tokenizer,
-        data.video_io.read_geometry(str(world / "model")),
-        config.VideoConfig(),
-        config.PromptConfig(**PROMPT),
-        None,
-    )
+    geometry, wording = video.read_geometry(str(world / "model")), config.PromptConfig(**PROMPT)
+    builder = prompts.PromptBuilder(policy.tokenizer, geometry, config.VideoConfig(), wording, None)
     samples = data.read_samples(str(world / f"{name}.yaml"))
-    return builder.many(samples[:: max(1, len(samples) // num)][:num])
+    return [builder(sample) for sample in samples[:: max(1, len(samples) // num)][:num]]
+
+
+def write_data(world: Path, folder: Path, num: int, bad: dict[int, bytes | str]) -> str:
+    """A data set of `num` grounding records, each with a file of its own: links to the world's clips.
+
+    `bad[i]` is the content of file i in place of a clip, or a word that its name ends in (see failing.py).
+    """
+    (folder / "videos").mkdir(parents=True)
+    good = [json.loads(line) for line in (world / "tvg_train.jsonl").read_text().splitlines()]
+    lines = []
+    for i in range(num):
+        record, name = good[i % len(good)], f"{i}_{bad[i]}.mp4" if isinstance(bad.get(i), str) else f"{i}.mp4"
+        if isinstance(bad.get(i), bytes):
+            (folder / "videos" / name).write_bytes(bad[i])
+        else:
+            (folder / "videos" / name).symlink_to(world / "videos" / record["video"])
+        lines.append(json.dumps(record | {"id": f"r{i}", "video": name}) + "\n")
+    (folder / "data.jsonl").write_text("".join(lines))
+    return str(folder / "data.jsonl")
 
 
 class RecordingSGD(torch.optim.SGD):

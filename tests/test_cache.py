@@ -106,3 +106,20 @@ def test_key_follows_file_and_parts(tmp_path, monkeypatch):
     assert len({key, *others}) == 6
     with pytest.raises(FileNotFoundError):
         file_key(tmp_path / "b.mp4")
+
+
+def test_key_of_a_folder_follows_its_files(tmp_path):
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(b"12")
+    keys = {key := file_key(tmp_path, 2.0), file_key(tmp_path, 4.0)}
+    assert file_key(tmp_path / "..", tmp_path.name) != key == file_key(tmp_path, 2.0)
+    os.utime(tmp_path / "2.png", ns=(0, 1))
+    keys.add(file_key(tmp_path, 2.0))
+    (tmp_path / "2.png").rename(tmp_path / "3.png")
+    keys.add(file_key(tmp_path, 2.0))
+    (tmp_path / "3.png").write_bytes(b"123")
+    os.utime(tmp_path / "3.png", ns=(0, 1))
+    keys.add(file_key(tmp_path, 2.0))
+    (tmp_path / "1.png").unlink()
+    keys.add(file_key(tmp_path, 2.0))
+    assert len(keys) == 6

@@ -170,6 +170,10 @@ def test_a_wrong_type_is_named(tmp_path, key, value, reason):
         (["rollout.group_size=1"], "rollout.group_size is 1; a group needs at least 2 completions"),
         (["run.steps=0"], "run.steps must be above 0, got 0"),
         (["data.micro_batch_size=-1"], "data.micro_batch_size must be above 0, got -1"),
+        (["data.workers=-1"], "data.workers must be at least 0, got -1"),
+        (["data.decode_timeout=0"], "data.decode_timeout must be above 0, got 0.0"),
+        (["data.max_bad_share=1.5"], "data.max_bad_share must be from 0 to 1, got 1.5"),
+        (["data.max_bad_share=-0.1"], "data.max_bad_share must be from 0 to 1, got -0.1"),
         (["rollout.temperature=0"], "rollout.temperature must be above 0, got 0.0"),
         (["rewards.gqa.iou=-0.1"], "rewards.gqa: weights must be >= 0 and not all 0, got (0.2, 0.4, -0.1)"),
         (["rewards.tvg.iou=0", "rewards.tvg.format=0"], "rewards.tvg: weights must be >= 0 and not all 0"),
@@ -177,6 +181,11 @@ def test_a_wrong_type_is_named(tmp_path, key, value, reason):
 )
 def test_values_out_of_range_are_named(overrides, reason):
     assert message_of([], overrides).startswith(reason)
+
+
+def test_evaluation_checks_its_data_section_too():
+    with pytest.raises(ValueError, match=r"data\.workers must be at least 0, got -2"):
+        load(EvalRunConfig, [], ["data.workers=-2"])
 
 
 def test_an_override_needs_a_value():

@@ -1,18 +1,14 @@
-"""Records in, prompts out: what is accepted, what is refused and where, data order, prompt layout."""
+"""Records in, samples out: what is accepted, what is refused and where; and the data order."""
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
-from conftest import PROMPT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-import data
-from config import PLAIN, THINK, PromptConfig, VideoConfig
-from data import PromptBuilder, Sample, batch_indices, read_samples, time_step, user_text
+from data import batch_indices, read_samples
+from records import BadRecord, Sample, to_sample
 
 TVG = {"id": "a", "task": "tvg", "video": "v.mp4", "duration": 10.0, "question": "When?", "segments": [[1, 2.5]]}
 MCQA = {"id": "b", "task": "mcqa", "video": "v.mp4", "question": "Which?", "options": ["x", "y", "z"], "answer": "C"}
@@ -69,9 +65,9 @@ def test_further_columns_go_under_extra(folder):
     extra = {"ground_truth": [1, {"a": None}], "level": 2, "": ""}
     tvg, mcqa = read_samples(write(folder / "a.jsonl", TVG | {"extra": extra}, MCQA | {"extra": None}))
     assert tvg.extra == extra and mcqa.extra is None
-    with pytest.raises(data.BadRecord, match="extra: the key 1 is not a text"):
-        data.to_sample(TVG | {"extra": {1: 2}}, folder)
-    with pytest.raises(ValueError, match="unknown key level; valid are .*; further columns go under extra$"):
+    with pytest.raises(BadRecord, match="extra: the key 1 is not a text"):
+        to_sample(TVG | {"extra": {1: 2}}, folder)
+    with pytest.raises(ValueError, match=r"unknown key level; valid are .*; further columns go under extra$"):
         read_samples(write(folder / "b.jsonl", TVG | {"level": 2}))
 
 
@@ -172,7 +168,7 @@ def test_repeated_ids_and_no_records_are_errors(folder):
     with pytest.raises(ValueError, match=r"b\.jsonl: no samples"):
         read_samples(write(folder / "b.jsonl"))
     (folder / "c.jsonl").write_bytes(b'{"id": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"c\.jsonl: not UTF-8"):
+    with pytest.raises(ValueError, match=r"c\.jsonl:1: not UTF-8"):
         read_samples(str(folder / "c.jsonl"))
 
 
@@ -358,118 +354,3 @@ def test_batches_run_through_whole_epochs(num, batch, seed):
 def test_epochs_and_seeds_differ():
     epochs = [batch_indices(20, 20, step, seed) for step in range(3) for seed in range(3)]
     assert len(set(map(tuple, epochs))) == 9
-
-
-# ---- prompts -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer(world):
-    return AutoTokenizer.from_pretrained(world / "model")
-
-
-def builder(world, tokenizer, video: VideoConfig | None = None, **prompt) -> PromptBuilder:
-    geometry = data.video_io.read_geometry(str(world / "model"))
-    return PromptBuilder(tokenizer, geometry, video or VideoConfig(), PromptConfig(**prompt), None)
-
-
-def samples_by_task(world) -> dict[str, Sample]:
-    return {sample.task: sample for sample in read_samples(str(world / "mix_train.yaml"))}
-
-
-def test_placeholders_are_the_tokens_of_the_video(world, tokenizer):
-    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    build = builder(world, tokenizer, **PROMPT)
-    counts = set()
-    for sample in read_samples(str(world / "mix_train.yaml"))[::5]:
-        prompt = build(sample)
-        num, start = prompt.video.num_tokens, prompt.video_start
-        t, h, w = prompt.video.grid_thw
-        assert num == t * h * w // 4 == len(prompt.video.patches) // 4
-        assert prompt.ids.count(pad) == num and prompt.ids[start : start + num] == [pad] * num
-        around = tokenizer.convert_ids_to_tokens([prompt.ids[start - 1], prompt.ids[start + num]])
-        assert around == ["<|vision_start|>", "<|vision_end|>"]
-        text = tokenizer.decode(prompt.ids[:start] + prompt.ids[start + num :])
-        assert text.endswith(f"{user_text(sample, build.prompt)}<|im_end|>\n<|im_start|>assistant\n")
-        counts.add(num)
-    assert len(counts) > 2
-
-
-@pytest.mark.parametrize(("think", "words"), [(True, THINK), (False, PLAIN)])
-def test_the_system_turn_follows_the_mode(world, tokenizer, think, words):
-    sample = samples_by_task(world)["tvg"]
-    text = tokenizer.decode(builder(world, tokenizer, think=think)(sample).ids)
-    assert text.startswith(f"<|im_start|>system\n{words}<|im_end|>\n<|im_start|>user\n<|vision_start|>")
-    assert sample.question in text
-    other = {"think": think, "system_think" if think else "system_plain": ""}
-    without = builder(world, tokenizer, **other)(sample)
-    assert tokenizer.decode(without.ids).startswith("<|im_start|>user\n<|vision_start|>") and without.video_start == 4
-
-
-def test_options_stand_in_the_text_with_their_letters(world):
-    cfg = PromptConfig()
-    sample = Sample("a", "mcqa", "v.mp4", "Which {options}?", options=("red", "a b", "blue"), answer="B")
-    text = user_text(sample, replace(cfg, mcqa="{question}\n{options}\nLetter, please."))
-    assert text.startswith("Which {options}?\nA. red\nB. a b\nC. blue") and text.endswith("\nC. blue\nLetter, please.")
-    many = replace(sample, options=tuple(f"option {i}" for i in range(26)))
-    assert "\nZ. option 25\n" in user_text(many, cfg)
-    assert "A." not in user_text(samples_by_task(world)["tvg"], cfg)
-
-
-def test_every_task_has_its_own_wording(world, tokenizer):
-    cfg = PromptConfig()
-    for task, sample in samples_by_task(world).items():
-        text = user_text(sample, cfg)
-        assert sample.question in text and "{" not in text
-        assert ("letter" in text) == (task != "tvg") and ("seconds" in text) == (task != "mcqa")
-
-
-def test_long_prompts_are_never_cut(world, tokenizer):
-    """A question past the tokenizer's model_max_length, after a video of its full length."""
-    sample = samples_by_task(world)["tvg"]
-    question = "when does it happen " * 9000
-    prompt = builder(world, tokenizer, **PROMPT)(replace(sample, question=question.strip()))
-    assert len(prompt.ids) > tokenizer.model_max_length
-    assert question.strip() in tokenizer.decode(prompt.ids)
-    assert prompt.ids.count(tokenizer.convert_tokens_to_ids("<|video_pad|>")) == prompt.video.num_tokens
-
-
-def test_a_placeholder_in_a_question_is_an_error(world, tokenizer):
-    sample = replace(samples_by_task(world)["tvg"], question="what is <|video_pad|> ?")
-    with pytest.raises(ValueError, match=rf"sample {sample.id}: the chat template gives 2 video placeholders, not one"):
-        builder(world, tokenizer)(sample)
-
-
-def test_the_budget_bounds_the_placeholders(world, tokenizer):
-    sample = max(read_samples(str(world / "mix_train.yaml")), key=lambda sample: sample.duration)
-    small = VideoConfig(total_pixels=16 * 28 * 28)
-    whole, cut = (builder(world, tokenizer, video, **PROMPT)(sample) for video in (VideoConfig(), small))
-    assert cut.video.num_tokens <= 16 < whole.video.num_tokens
-    assert len(whole.ids) - len(cut.ids) == whole.video.num_tokens - cut.video.num_tokens
-    assert cut.video.frames_cut > 0 == whole.video.frames_cut
-
-
-def test_time_step(world, tokenizer):
-    """Half a second a frame makes steps of about 1 s; rounded down to whole seconds, 0.9 s would be none at all."""
-    assert [time_step(value, "exact") for value in (0.5, 0.97, 2.3)] == [0.5, 0.97, 2.3]
-    assert [time_step(value, "whole_seconds") for value in (0.5, 0.97, 1.0, 2.3)] == [0.0, 0.0, 1.0, 2.0]
-    sample = samples_by_task(world)["tvg"]
-    exact = builder(world, tokenizer, **PROMPT)(sample).video
-    whole = builder(world, tokenizer, VideoConfig(time_step="whole_seconds"), **PROMPT)(sample).video
-    times = exact.frame_times
-    assert exact.second_per_grid == pytest.approx(2 * (times[-1] - times[0]) / (len(times) - 1))
-    assert whole.second_per_grid == int(exact.second_per_grid)
-
-
-def test_many_is_one_by_one(world, tokenizer):
-    samples = read_samples(str(world / "mix_train.yaml"))[:3]
-    build = builder(world, tokenizer, **PROMPT)
-    assert [prompt.ids for prompt in build.many(samples)] == [build(sample).ids for sample in samples]
-    assert [prompt.sample for prompt in build.many(samples)] == samples
-
-
-def test_braces_in_questions_and_options_are_text():
-    """An option that held `{question}` was filled in with the question."""
-    sample = Sample("a", "mcqa", "v.mp4", "what is {options}?", options=("{question}", "b"), answer="A")
-    text = user_text(sample, PromptConfig(mcqa="{question}|{options}"))
-    assert text == "what is {options}?|A. {question}\nB. b"

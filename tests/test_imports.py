@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-CORE = {"config", "data", "policy", "rollout", "rewards", "grpo", "run"}
+CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "grpo", "run"}
 MAY_IMPORT = {
     "train_grpo": CORE | {"eval", "plan"},
-    "train_sft": {"config", "data", "policy", "rewards", "run", "eval"},
+    "train_sft": {"config", "data", "records", "prompts", "loader", "policy", "rewards", "run", "eval"},
     "select_data": CORE,
-    "eval": {"config", "data", "policy", "rollout", "rewards", "run"},
+    "eval": CORE - {"grpo"} | {"video", "workers"},
     "convert": {"data"},
     "plan": {"config", "data", "video"},
     "report": set(),
@@ -23,11 +23,17 @@ MAY_IMPORT = {
     "rewards": set(),
     "grpo": set(),
     "run": set(),
-    "data": {"config", "video", "cache"},
-    "video": {"cache"},
+    "data": {"records", "manifest"},
+    "records": set(),
+    "manifest": {"records", "video", "workers"},
+    "prompts": {"config", "records", "video", "cache"},
+    "loader": {"config", "data", "records", "prompts", "video", "workers"},
+    "workers": set(),
+    "video": {"cache", "readers"},
+    "readers": set(),
     "cache": set(),
-    "policy": {"config", "data"},
-    "rollout": {"config", "data", "policy", "grpo"},
+    "policy": {"config", "prompts"},
+    "rollout": {"config", "prompts", "policy", "grpo"},
 }
 FILES = sorted(REPO.glob("*.py"))
 OURS = {path.stem for path in FILES}

@@ -9,8 +9,8 @@ from conftest import make_policy, make_prompts
 from transformers import AutoModelForImageTextToText
 
 import config
-from data import time_step
 from policy import load_policy, pack, packed_logps, prompt_positions, rope_positions, save_model
+from prompts import time_step
 
 MROPE = json.loads((Path(__file__).parent / "golden" / "mrope.json").read_text())
 

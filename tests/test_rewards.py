@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import rewards
 from config import GrpoConfig, load
-from data import Sample, read_samples
+from data import read_samples
+from records import Sample
 
 OPTIONS = ["a dog", "a cat", "two birds", "nobody"]
 OVERLAPS = ["iou", "timestamp_iou", "distance_iou"]

@@ -14,9 +14,9 @@ import config
 from run import (
     Clock,
     Run,
+    check_batch,
     cut_back,
     environment,
-    local_slice,
     make_optimizer,
     newest_checkpoint,
     orthogonalise,
@@ -75,7 +75,7 @@ def test_resuming_needs_the_same_configuration(tmp_path):
     keys = "loss.clip_low (None there, 0.2 now), run.seed (0 there, 1 now)"
     assert str(raised.value) == f"--resume: {run.dir}/config.yaml differs in {keys}"
     assert (run.dir / "config.yaml").read_text() == YAML
-    longer = YAML.replace("steps: 4", "steps: 9")
+    longer = YAML.replace("steps: 4", "steps: 9") + "data:\n  workers: 4\n  max_bad_share: 0.5\n"  # change no result
     again = open_run(tmp_path / "a", longer, resume=True)
     assert (again.start_step, again.state, again.checkpoint.name) == (3, {"best": 0.5}, "step_000003")
     assert (run.dir / "config.yaml").read_text() == longer
@@ -295,16 +295,10 @@ def test_learning_rates_by_hand(warmup, schedule, steps, expected):
 # ---- the rest ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 6])
-def test_local_slices_make_up_the_batch(world):
-    processes = [SimpleNamespace(num_processes=world, process_index=rank) for rank in range(world)]
-    slices = [local_slice(list(range(6)), process) for process in processes]
-    assert [i for part in slices for i in part] == list(range(6)) and {len(part) for part in slices} == {6 // world}
-
-
 def test_an_indivisible_batch_is_an_error():
     with pytest.raises(ValueError, match=r"data.batch_size 7 does not divide by the 2 processes"):
-        local_slice(range(7), SimpleNamespace(num_processes=2, process_index=0))
+        check_batch(7, SimpleNamespace(num_processes=2))
+    check_batch(6, SimpleNamespace(num_processes=2))
 
 
 def test_the_clock_adds_up_phases_and_starts_again():

@@ -89,7 +89,7 @@ def test_validation_keeps_the_best_model(grpo_run):
     assert sorted(scores) == [10, 20, 30]
     assert all(row["validation/tvg/miou"] == row["validation/score"] for row in rows if row["step"] in scores)
     saved = json.loads((grpo_run / "checkpoints" / "step_000030" / "run.json").read_text())
-    assert saved == {"step": 30, "state": {"best": max(scores.values())}}
+    assert saved == {"step": 30, "state": {"best": max(scores.values()), "num_asked": 240, "num_bad": 0}}
     AutoModelForImageTextToText.from_pretrained(grpo_run / "best")
     best, final = load_file(grpo_run / "best" / "model.safetensors"), weights_of(grpo_run)
     is_last = max(scores, key=lambda step: (scores[step], -step)) == 30
@@ -166,9 +166,7 @@ def test_an_adapter_is_trained_saved_and_evaluated(world, taught, tmp_path):
     data = [f"data.test={world}/tvg_test.yaml", "data.cache_dir=", "prompt.think=false", "eval.max_new_tokens=4"]
     evaluation.main(["run", f"model.path={run.dir}/final", f"run.dir={tmp_path}/eval", *data])
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["tasks"]["tvg"]["n"] > 0
-    again = make_cfg(
-        world, tmp_path, *taught, f"model.path={run.dir}/final", f"run.dir={tmp_path}/again", "run.steps=1"
-    )
+    names = (f"model.path={run.dir}/final", f"run.dir={tmp_path}/again", "run.steps=1")
     train_grpo.train(make_cfg(world, tmp_path, *taught, *names))
     assert (tmp_path / "again" / "final" / "model.safetensors").is_file()
 

@@ -8,7 +8,18 @@ import socket
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_cfg, make_policy, make_prompts, metrics_of, open_run, read_jsonl, sft_cfg, sgd, weights_of
+from conftest import (
+    make_cfg,
+    make_policy,
+    make_prompts,
+    metrics_of,
+    open_run,
+    read_jsonl,
+    sft_cfg,
+    sgd,
+    weights_of,
+    write_data,
+)
 from safetensors.torch import load_file
 
 import train_grpo
@@ -162,7 +173,18 @@ def grpo_loops(world, folder) -> dict[str, tuple[str, ...]]:
     path = folder / "mixed_if.py"
     path.write_text(MIXED_IF.format(dead={samples[i].id for i in (*first[:2], refill[0])}))
     no_parts = "rewards.tvg={format: 0, iou: 0}"
-    return {"grpo": (), "refill": (f"rewards.functions={{{path}:mixed_if_alive: 1}}", no_parts, "group.max_refills=1")}
+    refilled = (f"rewards.functions={{{path}:mixed_if_alive: 1}}", no_parts, "group.max_refills=1")
+    return {"grpo": (), "refill": refilled, "broken": broken_data(world, folder)}
+
+
+def broken_data(world, folder) -> tuple[str, ...]:
+    """Overrides under which both processes meet videos that cannot be read, in the first round and in refills."""
+    bad = [*batch_indices(12, 4, 0, seed=3)[1:], batch_indices(12, 4, 1, seed=3)[0]]
+    path = folder / "data" / "data.jsonl"
+    if not path.exists():
+        write_data(world, folder / "data", 12, dict.fromkeys(bad, b"no video"))
+    refills = ("group.max_refills=2", "group.tolerance=0.3")
+    return (f"data.train={path}", "data.max_bad_share=1", "data.workers=1", "data.cache_dir=", *refills)
 
 
 def worker(rank: int, ports: list[int], folder, world, taught) -> None:
@@ -221,7 +243,7 @@ def test_two_processes_take_the_step_of_one(world, tmp_path, two_processes, case
         assert_same_update(results[case], alone)
 
 
-@pytest.mark.parametrize("loop", ["sft", "grpo", "refill"])
+@pytest.mark.parametrize("loop", ["sft", "grpo", "refill", "broken"])
 def test_two_processes_run_the_loop_of_one(world, taught, tmp_path, two_processes, monkeypatch, loop):
     """The same samples, metrics and weights after two SGD steps."""
     monkeypatch.setattr(train_sft, "make_optimizer", sgd)
@@ -234,6 +256,11 @@ def test_two_processes_run_the_loop_of_one(world, taught, tmp_path, two_processe
         assert ours == theirs and len({text for row in ours for text in row["completions"]}) > 4
     ours, theirs = metrics_of(tmp_path / "run"), metrics_of(two_processes[0] / loop)
     assert [row["grad_norm"] > 0 for row in ours] == [True, True]
+    if loop == "broken":
+        lists = [(path / "bad_samples.jsonl").read_text() for path in (tmp_path / "run", two_processes[0] / loop)]
+        assert lists[0].replace(str(tmp_path), "") == lists[1].replace(str(two_processes[0]), "")
+        assert len(lists[0].splitlines()) == 4 and max(row["group/refills"] for row in ours) > 0
+        assert ours[0]["data/num_replaced"] >= 3 and ours[1]["data/num_replaced"] >= 1
     if loop == "refill":
         assert [row["group/refills"] for row in ours] == [1, 0]
         assert [row["group/trained"] for row in ours] == [3, 4]

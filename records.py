@@ -1,0 +1,160 @@
+"""One record of a data set: what may stand in it, and the `Sample` that it becomes.
+
+Not a reader of files (data.py): it sees one dictionary at a time and opens nothing.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TASKS = ("tvg", "mcqa", "gqa")
+FIELDS = {
+    "id", "task", "video", "duration", "question", "options", "answer", "segments",
+    "clip", "fps", "source", "type", "response", "extra",
+}  # fmt: skip
+CALL_NAMES = {"prompts", "completions", "completion_ids", "trainer_state"}  # what a reward function is called with
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record; times in seconds from the start of the clip."""
+
+    id: str
+    task: str  # one of TASKS
+    video: str  # path of the file, or of a folder of frames
+    question: str
+    duration: float | None = None
+    options: tuple[str, ...] | None = None  # mcqa, gqa
+    answer: str | None = None  # upper-case letter of the right option
+    segments: tuple[tuple[float, float], ...] | None = None  # tvg, gqa: when it happens, start < end
+    clip: tuple[float, float] | None = None  # the part of the file to use; times count from clip[0]
+    fps: float | None = None  # frames per second of a folder of frames
+    type: str = ""  # question type, for metrics by type
+    response: str | None = None  # a full response to imitate (SFT in thinking mode)
+    extra: dict[str, Any] | None = None  # further columns, for reward functions (rewards.functions)
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used, with its reason."""
+
+    id: str | None = None  # of the record, where it has one
+
+
+def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
+    """Check one record; returns the sample, its segments clamped to the video, and whether any had to be clamped.
+
+    Raises BadRecord with the key and the reason.
+    """
+    for key in ("id", "task", "video", "question"):
+        if not isinstance(record.get(key), str) or not record[key].strip():
+            raise BadRecord(f"{key} is missing or not a text")
+    unknown = set(record) - FIELDS
+    if unknown:
+        raise BadRecord(
+            f"unknown key {sorted(unknown)[0]}; valid are {', '.join(sorted(FIELDS))}; further columns go under extra"
+        )
+    task = record["task"]
+    if task not in TASKS:
+        raise BadRecord(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    clip = _clip(record.get("clip"))
+    duration = record.get("duration", clip[1] - clip[0] if clip else None)
+    if duration is not None and (not _is_number(duration) or duration <= 0):
+        raise BadRecord(f"duration must be seconds above 0, got {duration!r}")
+    fps = record.get("fps")
+    if fps is not None and (not _is_number(fps) or fps <= 0):
+        raise BadRecord(f"fps must be frames per second above 0, got {fps!r}")
+    if not isinstance(record.get("response"), str | None):
+        raise BadRecord(f"response must be a text, got {record['response']!r}")
+    options, answer = _options(record) if task != "tvg" else (None, None)
+    segments, outside = _segments(record, duration) if task != "mcqa" else (None, False)
+    sample = Sample(
+        id=record["id"],
+        task=task,
+        video=str(folder / record["video"]),
+        question=record["question"].strip(),
+        duration=None if duration is None else float(duration),
+        options=options,
+        answer=answer,
+        segments=segments,
+        clip=clip,
+        fps=None if fps is None else float(fps),
+        type=str(record.get("type", "")),
+        response=record.get("response"),
+        extra=_extra(record.get("extra")),
+    )
+    return sample, outside
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15  # so not nan either
+
+
+def _clip(clip: Any) -> tuple[float, float] | None:
+    if clip is None:
+        return None
+    if not (isinstance(clip, list) and len(clip) == 2 and all(map(_is_number, clip)) and 0 <= clip[0] < clip[1]):
+        raise BadRecord(f"clip must be [start, end] in seconds with start < end, got {clip!r}")
+    return float(clip[0]), float(clip[1])
+
+
+def _extra(extra: Any) -> dict[str, Any] | None:
+    if not isinstance(extra, dict | None):
+        raise BadRecord(f"extra must be an object, got {extra!r}")
+    for key in extra or ():
+        if not isinstance(key, str):
+            raise BadRecord(f"extra: the key {key!r} is not a text")
+        if key in FIELDS | CALL_NAMES:
+            raise BadRecord(f"extra: the key {key} is taken, by a field of the record or by TRL's reward functions")
+    return extra
+
+
+def _options(record: dict) -> tuple[tuple[str, ...], str]:
+    options, answer = record.get("options"), record.get("answer")
+    if not isinstance(options, list) or not 2 <= len(options) <= 26 or not all(isinstance(o, str) for o in options):
+        raise BadRecord(f"options must be a list of 2 to 26 texts, got {options!r}")
+    letters = LETTERS[: len(options)]
+    if not isinstance(answer, str) or len(answer) != 1 or answer not in letters:
+        raise BadRecord(f"answer must be one of {', '.join(letters)}, got {answer!r}")
+    return tuple(options), answer
+
+
+def _segments(record: dict, duration: Any) -> tuple[tuple[tuple[float, float], ...], bool]:
+    raw = record.get("segments")
+    if duration is None:
+        raise BadRecord("duration is missing")
+    if not isinstance(raw, list) or not raw:
+        raise BadRecord(f"segments must be a list of [start, end], got {raw!r}")
+    segments, outside = [], False
+    for segment in raw:
+        if not (isinstance(segment, list) and len(segment) == 2 and all(map(_is_number, segment))):
+            raise BadRecord(f"a segment must be [start, end] in seconds, got {segment!r}")
+        start, end = max(0.0, float(segment[0])), min(float(duration), float(segment[1]))
+        outside = outside or segment[0] < 0 or segment[1] > duration
+        if segment[1] <= segment[0]:
+            raise BadRecord(f"a segment must end after it starts, got {segment!r}")
+        if end <= start:
+            raise BadRecord(f"segment {segment!r} lies outside the video ({duration} s)")
+        segments.append((start, end))
+    return tuple(segments), outside
+
+
+def from_temporal_r1(record: dict, name: str, row: int) -> dict:
+    """A Temporal-R1 row (`problem`, `solution` normalised to [0, 1], `video_length`) as one of our records."""
+    for key in ("video", "solution", "video_length"):
+        if key not in record:
+            raise BadRecord(f"missing key {key}")
+    length, solution = record["video_length"], record["solution"]
+    spans = solution if isinstance(solution, list) and solution and isinstance(solution[0], list) else [solution]
+    try:
+        segments = [[float(a) * length, float(b) * length] for a, b in spans]
+    except (TypeError, ValueError):
+        raise BadRecord(f"solution must be [start, end] in [0, 1], got {solution!r}") from None
+    return {
+        "id": str(record.get("id", f"{record.get('dataset', name)}/{row}")),
+        "task": "tvg",
+        "video": record["video"],
+        "duration": length,
+        "question": record["problem"],
+        "segments": segments,
+    }

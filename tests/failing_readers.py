@@ -1,0 +1,20 @@
+"""Readers of videos that fail as the name of the file says; other processes import them from here."""
+
+from failing import fail_as_named
+
+import prompts
+import video
+
+decode, check = prompts.decode_sample, video.check_video
+
+
+def decode_sample(sample, **rest):
+    """In the place of prompts.decode_sample."""
+    fail_as_named(sample.video)
+    return decode(sample, **rest)
+
+
+def check_video(path, fps=None):
+    """In the place of video.check_video."""
+    fail_as_named(path)
+    return check(path, fps)

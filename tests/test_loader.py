@@ -1,0 +1,312 @@
+"""Prompts of coming steps: bad samples are replaced alike however a run is cut or shared; it says why it stops."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import failing_readers
+import pytest
+import torch
+from conftest import make_cfg, metrics_of, read_jsonl, sft_cfg, weights_of, write_data
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config
+import eval as evaluation
+import prompts
+import train_grpo
+import train_sft
+from data import batch_indices, spare_indices
+from loader import Loader
+from records import Sample
+from video import VideoError
+from workers import Call, CallFailed
+
+CUT, TEXT = b"", b"not a video"  # files of no bytes and of text
+
+
+# ---- which samples stand in ----------------------------------------------------------------------------------------
+
+
+@given(num=st.integers(2, 40), batch=st.integers(1, 8), step=st.integers(0, 5), seed=st.integers(0, 3))
+def test_spares_are_what_is_not_taken(num, batch, step, seed):
+    taken = batch_indices(num, min(batch, num), step, seed)
+    spares = spare_indices(num, taken, step, 0, seed)
+    assert sorted([*spares, *set(taken)]) == list(range(num)) and spares == spare_indices(num, taken, step, 0, seed)
+
+
+def test_spares_differ_by_step_refill_and_seed():
+    draws = [spare_indices(50, [1, 2], *numbers) for numbers in ((4, 0, 0), (5, 0, 0), (4, 1, 0), (4, 0, 1))]
+    assert len(set(map(tuple, draws))) == 4
+
+
+# ---- a loader without videos ---------------------------------------------------------------------------------------
+
+
+class FakeWorkers:
+    """Calls that are done at once; the samples `bad` fail, those `dead` kill their process."""
+
+    def __init__(self, num=2, bad=(), dead=()):
+        self.num, self.bad, self.dead, self.started, self.waiting = num, set(bad), set(dead), [], 0
+
+    def start(self, sample):
+        self.started.append(sample.id)
+        self.waiting += 1
+        return Call((sample,))
+
+    def result(self, call):
+        (sample,) = call.args
+        self.waiting -= 1
+        if sample.id in self.bad:
+            raise VideoError(sample.video, "damaged")
+        if sample.id in self.dead:
+            raise CallFailed("died")
+        return sample.id
+
+
+class FakeRun:
+    """One of several processes, as far as a loader asks."""
+
+    def __init__(self, folder, rank=0, world=1, state=None, rows=()):
+        self.accelerator = SimpleNamespace(num_processes=world, process_index=rank)
+        self.dir, self.state, self.is_main, self.listed = folder, state or {}, rank == 0, list(rows)
+
+    def rows(self, name):
+        return list(self.listed)
+
+    def append(self, name, rows):
+        self.listed += rows
+
+    def sums(self, values):
+        return values
+
+
+def make_loader(tmp_path, workers, num=20, batch_size=4, steps=10, run=None, **data) -> Loader:
+    samples = [Sample(f"r{i}", "tvg", f"{i}.mp4", "when?") for i in range(num)]
+    cfg = config.GrpoConfig(run=config.RunConfig(steps=steps), data=config.DataConfig(batch_size=batch_size, **data))
+    builder = SimpleNamespace(prompt=lambda sample, frames: (sample.id, frames))
+    return Loader(samples, builder, workers, cfg, run or FakeRun(tmp_path), train_grpo.Clock())
+
+
+def names(indices) -> list[str]:
+    return [f"r{i}" for i in indices]
+
+
+def test_the_steps_to_come_are_started_and_not_more(tmp_path):
+    """Two processes and four videos a step: one step ahead; 16 processes: eight. Nothing past the last step."""
+    for num, ahead in ((2, 1), (16, 8)):
+        workers = FakeWorkers(num)
+        loader = make_loader(tmp_path, workers)
+        for step in range(10):
+            batch = loader.batch(step)
+            assert [name for name, _ in batch.prompts] == names(batch_indices(20, 4, step, 0))
+            assert len(workers.started) == 4 * min(10, step + 1 + ahead) and batch.places == [0, 1, 2, 3]
+        assert workers.waiting == 0
+
+
+def test_each_process_starts_its_own(tmp_path):
+    for rank in range(2):
+        workers = FakeWorkers(0)
+        batch = make_loader(tmp_path, workers, run=FakeRun(tmp_path, rank, world=2)).batch(0)
+        wanted = names(batch_indices(20, 4, 0, 0))
+        assert [name for name, _ in batch.prompts] == wanted[2 * rank : 2 * rank + 2] == workers.started[:2]
+        assert (batch.places, batch.num_places) == ([2 * rank, 2 * rank + 1], 4)
+
+
+def test_a_round_that_does_not_divide_repeats_its_last_place(tmp_path):
+    """Three places on two processes: the second has one of its own, and the last one once more to be busy."""
+    for rank, places in ((0, [0, 1]), (1, [2])):
+        loader = make_loader(tmp_path, FakeWorkers(bad=["r7"]), run=FakeRun(tmp_path, rank, world=2))
+        batch = loader.refill(3, 1, [4, 5, 7], [0, 1, 2, 3])
+        assert (batch.places, batch.num_places, len(batch.prompts)) == (places, 3, 2)
+        spare = spare_indices(20, [0, 1, 2, 3, 4, 5, 7], 3, 1, 0)[0]
+        assert [name for name, _ in batch.prompts] == names([[4, 5], [spare, spare]][rank])
+        assert loader.state == {"num_asked": 3 + rank, "num_bad": rank}  # the fake run gathers nothing
+
+
+def test_what_fails_is_replaced_and_the_replacement_too(tmp_path):
+    wanted = batch_indices(20, 4, 0, 0)
+    spares = spare_indices(20, wanted, 0, 0, 0)
+    bad, dead = names([wanted[1], wanted[2]]), names(spares[:1])
+    run = FakeRun(tmp_path)
+    loader = make_loader(tmp_path, FakeWorkers(bad=bad, dead=dead), run=run)
+    batch = loader.batch(0)
+    expected = names([wanted[0], spares[2], spares[1], wanted[3]])
+    assert batch.prompts == [(name, name) for name in expected]
+    assert (loader.num_replaced, loader.state) == (3, {"num_asked": 7, "num_bad": 3})
+    listed = [(row["step"], row["id"], row["reason"]) for row in run.listed]
+    assert listed == [(1, bad[0], "damaged"), (1, bad[1], "damaged"), (1, dead[0], "died")]
+    assert batch.taken == [*wanted, *spares[:3]]
+    loader.batch(1)
+    assert loader.num_replaced == len({*bad, *dead} & set(names(batch_indices(20, 4, 1, 0)))) < 3
+
+
+def test_the_memory_of_bad_samples_changes_nothing_but_their_decoding(tmp_path):
+    """With it (of the steps before, or of a run that was resumed) and with every sample decoded again: the same."""
+    bad = names([3, 8, 11])
+    fresh, batches = FakeRun(tmp_path), []
+    workers = FakeWorkers(bad=bad)
+    whole = make_loader(tmp_path, workers, run=fresh)
+    for step in range(10):
+        batches.append((whole.batch(step), whole.num_replaced, dict(whole.state)))
+        if step == 4:
+            state, rows = dict(whole.state), list(fresh.listed)
+    assert {row["id"] for row in fresh.listed} == set(bad) and len(fresh.listed) == 3
+    assert all(workers.started.count(name) <= 2 for name in bad)  # the next step's may have been started before
+    assert whole.state["num_bad"] > 4
+
+    resumed = make_loader(tmp_path, FakeWorkers(bad=bad), run=FakeRun(tmp_path, state=state, rows=rows))
+    assert [(resumed.batch(s), resumed.num_replaced, dict(resumed.state)) for s in range(5, 10)] == batches[5:]
+    healed = make_loader(tmp_path, FakeWorkers(num=0), run=FakeRun(tmp_path, state=state, rows=rows))
+    for (batch, *_), step in zip(batches[5:], range(5, 10)):  # a sample that once took too long, and would not now
+        known = {row["id"] for row in rows}
+        assert not known & {name for name, _ in healed.batch(step).prompts}
+        assert not known & {name for name, _ in batch.prompts}
+
+
+def test_a_share_of_bad_samples_ends_the_run_with_their_list(tmp_path):
+    """A tenth of the first hundred, and then of all."""
+    loader = make_loader(tmp_path, FakeWorkers(bad=names(range(0, 200, 8))), num=200, steps=100)
+    with pytest.raises(SystemExit) as raised:
+        for step in range(100):
+            loader.batch(step)
+    asked, bad = loader.state["num_asked"], loader.state["num_bad"]
+    assert bad > 0.1 * asked and bad == 11 and asked < 110
+    message = str(raised.value)
+    assert message.startswith(f"error: {bad} of the {asked} samples asked for could not be read, more than data.m")
+    assert str(tmp_path / "bad_samples.jsonl") in message and ".mp4: damaged; " in message and "\n" not in message
+    loader = make_loader(tmp_path, FakeWorkers(bad=names(range(0, 200, 8))), num=200, steps=60, max_bad_share=0.2)
+    for step in range(60):
+        loader.batch(step)
+
+
+def test_a_place_that_nothing_can_fill_ends_the_run(tmp_path):
+    loader = make_loader(tmp_path, FakeWorkers(bad=names(range(200))), num=200, max_bad_share=1.0)
+    with pytest.raises(SystemExit, match=r"error: 80 of the 80 samples .* nothing was left to stand in .*20 samples"):
+        loader.batch(0)
+    loader = make_loader(tmp_path, FakeWorkers(bad=["r2"]), num=4, max_bad_share=1.0)
+    with pytest.raises(SystemExit, match=r"error: 1 of the 4 samples asked for .* nothing was left"):
+        loader.batch(0)
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+def total_replaced(run_dir) -> int:
+    return sum(row["data/num_replaced"] for row in metrics_of(run_dir))
+
+
+@pytest.mark.parametrize("loop", ["grpo", "sft"])
+def test_broken_files_change_nothing_in_how_a_run_resumes(world, taught, tmp_path, loop):
+    """5% of the files are broken: the run goes through, lists them, and neither a stop after step 6 nor the number of
+    worker processes changes a number."""
+    make, train = (make_cfg, train_grpo.train) if loop == "grpo" else (sft_cfg, train_sft.train)
+    data = write_data(world, tmp_path / "data", 40, {7: CUT, 23: TEXT})
+    names = (*taught, f"data.train={data}", "data.batch_size=8", "run.save_every=6", "rollout.group_size=4")
+    names += ("group.max_refills=1", "loss.beta=0.1", "data.cache_dir=''")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(make(world, tmp_path, *names, "run.steps=12", f"run.dir={whole}", "data.workers=2"))
+    train(make(world, tmp_path, *names, "run.steps=6", f"run.dir={parts}"))
+    for name in ("metrics.jsonl", "bad_samples.jsonl"):
+        with open(parts / name, "a") as file:
+            file.write('{"step": 7, "id": "r1", "path": "x", "reason": "y"}\n{"step": 8, "torn')
+    train(make(world, tmp_path, *names, "run.steps=12", f"run.dir={parts}"), resume=True)
+
+    assert metrics_of(parts) == metrics_of(whole) and len(metrics_of(whole)) == 12
+    listed = read_jsonl(whole / "bad_samples.jsonl")
+    assert listed == read_jsonl(parts / "bad_samples.jsonl")
+    assert {(row["id"], row["path"].rpartition("/")[2]) for row in listed} == {("r7", "7.mp4"), ("r23", "23.mp4")}
+    assert all(0 < row["step"] <= 6 and row["reason"] for row in listed)
+    assert total_replaced(whole) >= 4  # 12 steps of 8 are over two epochs
+    states = [json.loads((run / "checkpoints/step_000012/run.json").read_text())["state"] for run in (whole, parts)]
+    assert states[0] == states[1] and states[0]["num_bad"] == total_replaced(whole)
+    if loop == "grpo":
+        samples = read_jsonl(whole / "samples.jsonl")
+        assert samples == read_jsonl(parts / "samples.jsonl")
+        assert states[0]["num_asked"] == len(samples) + states[0]["num_bad"]
+        times = Counter((row["step"], row["id"]) for row in samples)
+        assert max(times.values()) == 1 and not {"r7", "r23"} & {name for _, name in times}
+    ours, theirs = weights_of(parts), weights_of(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rows = metrics_of(whole, machine=True)
+    assert all(row["time/data"] >= row["time/data_wait"] >= 0 and row["tokens/video"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("ending", ["killed", pytest.param("hangs", marks=pytest.mark.slow)])
+def test_a_run_goes_on_when_a_reader_kills_its_process(world, tmp_path, monkeypatch, capfd, ending):
+    monkeypatch.setattr(prompts, "decode_sample", failing_readers.decode_sample)
+    data = write_data(world, tmp_path / "data", 12, {2: ending, 9: ending})
+    names = (f"data.train={data}", "data.workers=2", "data.decode_timeout=3", "run.steps=6", "data.max_bad_share=0.5")
+    train_sft.train(sft_cfg(world, tmp_path, *names))
+    reason = {"killed": "the process that read it died (signal 9)", "hangs": "took more than 3 s"}[ending]
+    listed = read_jsonl(tmp_path / "run" / "bad_samples.jsonl")
+    assert {(row["id"], row["reason"]) for row in listed} == {("r2", reason), ("r9", reason)}
+    assert total_replaced(tmp_path / "run") == 4 and len(metrics_of(tmp_path / "run")) == 6
+    assert f"r2 replaced; {tmp_path}/data/videos/2_{ending}.mp4: {reason}" in capfd.readouterr().err
+
+
+def test_a_bug_in_a_reader_is_no_bad_sample(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "decode_sample", failing_readers.decode_sample)
+    data = write_data(world, tmp_path / "data", 4, {1: "raises"})
+    with pytest.raises(KeyError):
+        train_sft.train(sft_cfg(world, tmp_path, f"data.train={data}", "data.batch_size=4", "run.steps=1"))
+
+
+def test_a_run_that_cannot_read_its_data_stops_with_the_list(world, tmp_path):
+    data = write_data(world, tmp_path / "data", 16, dict.fromkeys(range(6), TEXT))
+    names = (f"data.train={data}", "data.max_bad_share=0", "data.batch_size=4", "run.steps=3")
+    with pytest.raises(SystemExit, match=r"^error: \d+ of the \d+ samples .* more than data\.max_bad_share=0 of them"):
+        train_grpo.train(make_cfg(world, tmp_path, *names))
+    listed = read_jsonl(tmp_path / "run" / "bad_samples.jsonl")
+    assert listed and all(row["step"] == 1 and int(row["id"][1:]) < 6 for row in listed)
+
+
+def test_files_that_vanish_while_a_run_goes_are_replaced(world, tmp_path, monkeypatch):
+    data = write_data(world, tmp_path / "data", 16, {})
+    start = train_sft.update
+
+    def update(*args):
+        for i in (3, 4):
+            (tmp_path / "data" / "videos" / f"{i}.mp4").unlink(missing_ok=True)
+        return start(*args)
+
+    monkeypatch.setattr(train_sft, "update", update)
+    train_sft.train(sft_cfg(world, tmp_path, f"data.train={data}", "run.steps=9", "data.cache_dir=''"))
+    listed = read_jsonl(tmp_path / "run" / "bad_samples.jsonl")
+    assert {row["id"] for row in listed} == {"r3", "r4"} and "No such file" in listed[0]["reason"]
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_video_is_a_wrong_answer(world, tmp_path, capsys, workers):
+    data = write_data(world, tmp_path / "data", 7, {1: TEXT, 2: TEXT, 6: CUT})
+    names = [f"model.path={world}/model", f"data.test={data}", "data.cache_dir=", f"run.dir={tmp_path}/eval"]
+    names += ["prompt.think=false", "eval.max_new_tokens=2", "eval.batch_size=2", f"data.workers={workers}"]
+    evaluation.main(["run", *names])
+    rows = read_jsonl(tmp_path / "eval" / "predictions.jsonl")
+    bad = [row for row in rows if "error" in row]
+    assert {row["id"] for row in rows} == {f"r{i}" for i in range(7)}
+    assert {row["id"] for row in bad} == {"r1", "r2", "r6"} and {row["response"] for row in bad} == {""}
+    assert all("mp4: " in row["error"] and "video_tokens" not in row for row in bad)
+    used = [row["video_tokens"] for row in rows if "error" not in row]
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert (metrics["tasks"]["tvg"]["n"], metrics["tasks"]["tvg"]["num_unreadable"]) == (7, 3)
+    assert metrics["videos"] == {
+        "tokens_mean": pytest.approx(sum(used) / 4),
+        "tokens_max": max(used),
+        "frames_cut_mean": 0,
+    }
+    assert "3 of them for want of a readable video, counted as wrong" in capsys.readouterr().out
+    evaluation.main(["score", str(tmp_path / "eval/predictions.jsonl"), "--out", str(tmp_path / "again.json")])
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert (again["tasks"], again["videos"]) == (metrics["tasks"], metrics["videos"])
+
+
+def test_validation_counts_unreadable_videos(world, tmp_path):
+    data = write_data(world, tmp_path / "data", 4, {0: TEXT})
+    names = (f"data.validation={data}", "eval.every=1", "run.steps=1")
+    train_sft.train(sft_cfg(world, tmp_path, *names))
+    (row,) = metrics_of(tmp_path / "run")
+    assert row["validation/num_unreadable"] == 1 and row["validation/tvg/parse_fail"] >= 25

@@ -1,0 +1,118 @@
+"""Prompt layout: the video's placeholders, the wording of each task, time steps, braces."""
+
+from dataclasses import replace
+
+import pytest
+from conftest import PROMPT
+from transformers import AutoTokenizer
+
+from config import PLAIN, THINK, PromptConfig, VideoConfig
+from data import read_samples
+from prompts import PromptBuilder, time_step, user_text
+from records import Sample
+from video import read_geometry
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return AutoTokenizer.from_pretrained(world / "model")
+
+
+def builder(world, tokenizer, video: VideoConfig | None = None, **prompt) -> PromptBuilder:
+    geometry = read_geometry(str(world / "model"))
+    return PromptBuilder(tokenizer, geometry, video or VideoConfig(), PromptConfig(**prompt), None)
+
+
+def samples_by_task(world) -> dict[str, Sample]:
+    return {sample.task: sample for sample in read_samples(str(world / "mix_train.yaml"))}
+
+
+def test_placeholders_are_the_tokens_of_the_video(world, tokenizer):
+    pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    build = builder(world, tokenizer, **PROMPT)
+    counts = set()
+    for sample in read_samples(str(world / "mix_train.yaml"))[::5]:
+        prompt = build(sample)
+        num, start = prompt.video.num_tokens, prompt.video_start
+        t, h, w = prompt.video.grid_thw
+        assert num == t * h * w // 4 == len(prompt.video.patches) // 4
+        assert prompt.ids.count(pad) == num and prompt.ids[start : start + num] == [pad] * num
+        around = tokenizer.convert_ids_to_tokens([prompt.ids[start - 1], prompt.ids[start + num]])
+        assert around == ["<|vision_start|>", "<|vision_end|>"]
+        text = tokenizer.decode(prompt.ids[:start] + prompt.ids[start + num :])
+        assert text.endswith(f"{user_text(sample, build.wording)}<|im_end|>\n<|im_start|>assistant\n")
+        counts.add(num)
+    assert len(counts) > 2
+
+
+@pytest.mark.parametrize(("think", "words"), [(True, THINK), (False, PLAIN)])
+def test_the_system_turn_follows_the_mode(world, tokenizer, think, words):
+    sample = samples_by_task(world)["tvg"]
+    text = tokenizer.decode(builder(world, tokenizer, think=think)(sample).ids)
+    assert text.startswith(f"<|im_start|>system\n{words}<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+    assert sample.question in text
+    other = {"think": think, "system_think" if think else "system_plain": ""}
+    without = builder(world, tokenizer, **other)(sample)
+    assert tokenizer.decode(without.ids).startswith("<|im_start|>user\n<|vision_start|>") and without.video_start == 4
+
+
+def test_options_stand_in_the_text_with_their_letters(world):
+    cfg = PromptConfig()
+    sample = Sample("a", "mcqa", "v.mp4", "Which {options}?", options=("red", "a b", "blue"), answer="B")
+    text = user_text(sample, replace(cfg, mcqa="{question}\n{options}\nLetter, please."))
+    assert text.startswith("Which {options}?\nA. red\nB. a b\nC. blue") and text.endswith("\nC. blue\nLetter, please.")
+    many = replace(sample, options=tuple(f"option {i}" for i in range(26)))
+    assert "\nZ. option 25\n" in user_text(many, cfg)
+    assert "A." not in user_text(samples_by_task(world)["tvg"], cfg)
+
+
+def test_every_task_has_its_own_wording(world, tokenizer):
+    cfg = PromptConfig()
+    for task, sample in samples_by_task(world).items():
+        text = user_text(sample, cfg)
+        assert sample.question in text and "{" not in text
+        assert ("letter" in text) == (task != "tvg") and ("seconds" in text) == (task != "mcqa")
+
+
+def test_long_prompts_are_never_cut(world, tokenizer):
+    """A question past the tokenizer's model_max_length, after a video of its full length."""
+    sample = samples_by_task(world)["tvg"]
+    question = "when does it happen " * 9000
+    prompt = builder(world, tokenizer, **PROMPT)(replace(sample, question=question.strip()))
+    assert len(prompt.ids) > tokenizer.model_max_length
+    assert question.strip() in tokenizer.decode(prompt.ids)
+    assert prompt.ids.count(tokenizer.convert_tokens_to_ids("<|video_pad|>")) == prompt.video.num_tokens
+
+
+def test_a_placeholder_in_a_question_is_an_error(world, tokenizer):
+    sample = replace(samples_by_task(world)["tvg"], question="what is <|video_pad|> ?")
+    with pytest.raises(ValueError, match=rf"sample {sample.id}: the chat template gives 2 video placeholders, not one"):
+        builder(world, tokenizer)(sample)
+
+
+def test_the_budget_bounds_the_placeholders(world, tokenizer):
+    sample = max(read_samples(str(world / "mix_train.yaml")), key=lambda sample: sample.duration)
+    small = VideoConfig(total_pixels=16 * 28 * 28)
+    whole, cut = (builder(world, tokenizer, video, **PROMPT)(sample) for video in (VideoConfig(), small))
+    assert cut.video.num_tokens <= 16 < whole.video.num_tokens
+    assert len(whole.ids) - len(cut.ids) == whole.video.num_tokens - cut.video.num_tokens
+    assert cut.video.frames_cut > 0 == whole.video.frames_cut
+
+
+def test_time_step(world, tokenizer):
+    """Half a second a frame makes steps of about 1 s; rounded down to whole seconds, 0.9 s would be none at all."""
+    assert [time_step(value, "exact") for value in (0.5, 0.97, 2.3)] == [0.5, 0.97, 2.3]
+    assert [time_step(value, "whole_seconds") for value in (0.5, 0.97, 1.0, 2.3)] == [0.0, 0.0, 1.0, 2.0]
+    sample = samples_by_task(world)["tvg"]
+    exact = builder(world, tokenizer, **PROMPT)(sample).video
+    whole = builder(world, tokenizer, VideoConfig(time_step="whole_seconds"), **PROMPT)(sample).video
+    times = exact.frame_times
+    assert exact.second_per_grid == pytest.approx(2 * (times[-1] - times[0]) / (len(times) - 1))
+    assert whole.second_per_grid == int(exact.second_per_grid)
+
+
+def test_braces_in_questions_and_options_are_text():
+    """An option that held `{question}` was filled in with the question."""
+    sample = Sample("a", "mcqa", "v.mp4", "what is {options}?", options=("{question}", "b"), answer="A")
+    text = user_text(sample, PromptConfig(mcqa="{question}|{options}"))
+    assert text == "what is {options}?|A. {question}\nB. b"
