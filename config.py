@@ -258,6 +258,8 @@ def _check_training(cfg) -> None:
         raise ValueError(f"model.lora_rank must be at least 0, got {cfg.model.lora_rank}")
     if cfg.model.lora_rank and not cfg.model.freeze_vision:
         raise ValueError("model.lora_rank trains adapters only: model.freeze_vision must be true (see lora_merger)")
+    if cfg.model.lora_rank and cfg.optim.muon_lr:
+        raise ValueError("optim.muon_lr is for training from scratch, not for the adapters of model.lora_rank")
     if cfg.model.lora_merger and not cfg.model.lora_rank:
         raise ValueError("model.lora_merger=true needs model.lora_rank above 0")
 

@@ -33,6 +33,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "accelerate",
+    "peft",
     "deepspeed",
     "decord2",
     "decord",
@@ -318,6 +319,7 @@ def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
         },
         {"params": [p for n, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # adapters have no vectors
     if cfg.muon_lr:
         return Muon([p for n, p in trained if is_muon[n]], groups, cfg.muon_lr, cfg)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))

@@ -166,9 +166,7 @@ def test_an_adapter_is_trained_saved_and_evaluated(world, taught, tmp_path):
     data = [f"data.test={world}/tvg_test.yaml", "data.cache_dir=", "prompt.think=false", "eval.max_new_tokens=4"]
     evaluation.main(["run", f"model.path={run.dir}/final", f"run.dir={tmp_path}/eval", *data])
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["tasks"]["tvg"]["n"] > 0
-    again = make_cfg(
-        world, tmp_path, *taught, f"model.path={run.dir}/final", f"run.dir={tmp_path}/again", "run.steps=1"
-    )
+    names = (f"model.path={run.dir}/final", f"run.dir={tmp_path}/again", "run.steps=1")
     train_grpo.train(make_cfg(world, tmp_path, *taught, *names))
     assert (tmp_path / "again" / "final" / "model.safetensors").is_file()
 
