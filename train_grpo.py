@@ -34,7 +34,8 @@ from data import PromptBuilder, Sample, batch_indices, make_builder, read_sample
 from eval import Validator
 from grpo import group_advantages, group_stats, overlong_penalty, policy_loss, token_weights
 from policy import Policy, load_policy, pack, packed_logps, save_model
-from rewards import PARTS, Reward, load_functions, score_all
+from reward_functions import load_functions, score_all
+from rewards import PARTS, Reward
 from rollout import Rollout, generate
 from run import Clock, Run, check_precision, local_slice, make_optimizer, set_learning_rate, user_errors
 

@@ -66,10 +66,11 @@ def miou(root: Path, name: str) -> float:
 
 
 def figures(root: Path, variant: str, seed: int) -> dict[str, float]:
-    """One run's row: reward, length and clipped share over its last steps, seconds per step, mIoU on the test."""
+    """One run's row: reward and length of its last steps, clipped share and seconds per step of all, test mIoU."""
     name = f"{slug(variant)}_{seed}"
     rows = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-    mean = {k: statistics.mean(row[k] for row in rows[-LAST:]) for k in ("reward/total", "length/mean", "clip_frac")}
+    mean = {key: statistics.mean(row[key] for row in rows[-LAST:]) for key in ("reward/total", "length/mean")}
+    mean["clip_frac"] = statistics.mean(row["clip_frac"] for row in rows if "clip_frac" in row)
     seconds = statistics.median(row["time/step"] for row in rows)
     return {"miou": miou(root, name), "gain": miou(root, name) - miou(root, f"base_{seed}"), "seconds": seconds} | mean
 
@@ -92,7 +93,7 @@ def table(root: Path, seeds: list[int]) -> tuple[str, dict]:
         lines.append(
             f"| {variant} | {spread(column['reward/total'], 3)} | {spread(column['miou'], 1)} "
             f"| {spread(column['gain'], 1)} | {spread(column['length/mean'], 1)} "
-            f"| {100 * statistics.mean(column['clip_frac']):.2f} | {statistics.mean(column['seconds']):.2f} |"
+            f"| {100 * statistics.mean(column['clip_frac']):.3f} | {statistics.mean(column['seconds']):.2f} |"
         )
     return "\n".join(lines), results
 

@@ -71,7 +71,7 @@ def test_further_columns_go_under_extra(folder):
     assert tvg.extra == extra and mcqa.extra is None
     with pytest.raises(data.BadRecord, match="extra: the key 1 is not a text"):
         data.to_sample(TVG | {"extra": {1: 2}}, folder)
-    with pytest.raises(ValueError, match="unknown key level; valid are .*; further columns go under extra$"):
+    with pytest.raises(ValueError, match=r"unknown key level; valid are .*; further columns go under extra$"):
         read_samples(write(folder / "b.jsonl", TVG | {"level": 2}))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-CORE = {"config", "data", "policy", "rollout", "rewards", "grpo", "run"}
+CORE = {"config", "data", "policy", "rollout", "rewards", "reward_functions", "grpo", "run"}
 MAY_IMPORT = {
     "train_grpo": CORE | {"eval", "plan"},
     "train_sft": {"config", "data", "policy", "rewards", "run", "eval"},
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "tiny": {"data", "video"},
     "config": set(),
     "rewards": set(),
+    "reward_functions": {"rewards"},
     "grpo": set(),
     "run": set(),
     "data": {"config", "video", "cache"},
