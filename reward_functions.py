@@ -111,7 +111,7 @@ def _keywords(texts: Sequence[str], samples: Sequence[Any], cfg: Any, completion
 
 def _values(function: RewardFunction, keywords: dict, samples: Sequence[Any], step: int) -> list[float | None]:
     """What the function returns for B samples, checked; raises RewardFunctionError."""
-    where, ids = f"reward function {function.name}, step {step}", [sample.id for sample in samples]
+    where, ids = f"reward function {function.name}, step {step + 1}", [sample.id for sample in samples]
     batch = f"the batch of {len(ids)} completions that begins with sample {ids[0]!r}"
     try:
         values = function.call(**keywords)
