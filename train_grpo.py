@@ -11,10 +11,12 @@ Letters: P prompts of this process, G completions each, B = P * G, T tokens, N g
 metrics.jsonl holds, per step:
 
     reward/total, reward/<part>   means over all completions sampled; a part over those that have it
-    group/frac_mixed              groups whose rewards differ, the only ones with a gradient; all_good, all_bad likewise
+    group/frac_mixed              groups whose rewards differ, the only ones with a gradient
+    group/frac_all_good, _all_bad of the others, those whose answers are all perfect, all worth nothing
     group/refills, group/trained  rounds of further sampling; groups that the update ran on
     loss                          mean over the updates; this and what follows only if a group was trained on
-    kl, clip_frac, entropy        means over the completion tokens trained on, and over the updates
+    kl, entropy                   means over the completion tokens trained on, and over the updates
+    clip_frac                     likewise, of the last update: in a rollout's first one every ratio is 1
     length/mean, length/max       completion tokens, EOS included; frac_truncated: without EOS
     logp_gap/mean, logp_gap/max   |sampled - scored log-prob| per token: 0 but for rounding, or something is wrong
 """

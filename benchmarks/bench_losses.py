@@ -3,8 +3,9 @@
     python benchmarks/bench_losses.py --dir runs/losses --seeds 0 1 2 --jobs 2
 
 Trains a base for each seed (configs/tiny_base.yaml), from it every variant, and evaluates each final model on the
-grounding test; what stands finished in --dir is used again. Prints a markdown table, means and standard deviations over seeds, and
-one JSON line last. With --jobs 2, two runs go side by side on one thread each; times are comparable within one call.
+grounding test; what stands finished in --dir is used again. Prints a markdown table, means and standard deviations over
+seeds, and one JSON line last. With --jobs 2, two runs go side by side on one thread each; times are comparable within
+one call.
 """
 
 import argparse
