@@ -26,7 +26,7 @@ ConfigT = TypeVar("ConfigT")
 class RunConfig:
     dir: str = "runs/grpo"  # run folder; an existing one is never overwritten, see --resume
     seed: int = 0  # of data order, sampling and weights; a sample depends on (seed, step, sample id, g) alone
-    steps: int = 200  # optimizer steps
+    steps: int = 200  # batches: for GRPO rollouts, with loss.updates_per_rollout optimizer steps on each
     save_every: int = 100  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints kept
     print_every: int = 20  # steps between two printed completions
@@ -121,8 +121,8 @@ class RewardsConfig:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    tolerance: float = 1e-4  # a group whose rewards have a standard deviation up to this is dead: no advantage
-    skip_dead: bool = True  # dead groups cost no update; their KL and entropy terms go with them
+    tolerance: float = 1e-4  # dead: a standard deviation of rewards (without the penalty for length) up to this
+    skip_dead: bool = True  # no update work for dead groups; their KL and entropy terms go with it
     max_refills: int = 0  # rounds of sampling further videos in place of dead groups (DAPO's dynamic sampling)
     warn_after: int = 20  # steps in a row with dead groups only, or over 90% truncated, before a warning
 
@@ -138,13 +138,14 @@ class LossConfig:
     clip_high: float = 0.2  # larger than clip_low: DAPO's "clip higher"
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"  # DAPO, GRPO, Dr. GRPO
     beta: float = 0.01  # KL coefficient; 0 loads no reference model
-    kl: Literal["k1", "k2", "k3"] = "k3"  # estimate of the KL to the reference
+    kl: Literal["k1", "k2", "k3"] = "k3"  # estimate of the KL to the reference; k1's expected gradient is 0 at ratio 1
     kl_clamp: float = 10.0  # the KL's log-ratio is clamped to +- this
     entropy: float = 0.0  # coefficient of the entropy bonus
     updates_per_rollout: int = 1  # mu, optimizer steps on one rollout; above 1 the clip gets to work
     old_logps: Literal["policy", "sampled"] = "policy"  # policy: of the first pass over the rollout
-    truncated: Literal["keep", "mask", "penalise"] = "keep"  # completions without EOS: as they are, out of the loss, or
-    overlong_buffer: float = 0.2  # penalised: over this share of rollout.max_new_tokens, its end, from 0 to -1
+    truncated: Literal["keep", "mask", "penalise"] = "keep"  # of no EOS: mask leaves out of the loss
+    overlong_buffer: float = 0.2  # share of rollout.max_new_tokens, at its end, within which that penalty grows from 0
+    overlong_penalty: float = 0.5  # to this; DAPO's is 1, where a right answer earns 2 more than a wrong one
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,11 @@ class GrpoConfig:
             weights = dataclasses.astuple(getattr(self.rewards, name))
             if min(weights) < 0 or (sum(weights) <= 0 and not self.rewards.functions):
                 raise ValueError(f"rewards.{name}: weights must be >= 0 and not all 0, got {weights}")
-        if not 0 < self.loss.overlong_buffer <= 1:
-            raise ValueError(f"loss.overlong_buffer must be above 0 and at most 1, got {self.loss.overlong_buffer}")
-        if self.group.max_refills < 0:
-            raise ValueError(f"group.max_refills must be at least 0, got {self.group.max_refills}")
+        for name, absent in (("tvg", "answer"), ("mcqa", "iou")):
+            if getattr(getattr(self.rewards, name), absent):
+                raise ValueError(f"rewards.{name}.{absent} must be 0: the task has no such part")
+        if self.loss.overlong_buffer > 1:
+            raise ValueError(f"loss.overlong_buffer must be at most 1, got {self.loss.overlong_buffer}")
         _check_training(self)
 
 
@@ -251,7 +253,9 @@ def _check_training(cfg) -> None:
     _check_data(cfg.data)
     if not 0 <= cfg.data.max_bad_share <= 1:
         raise ValueError(f"data.max_bad_share must be from 0 to 1, got {cfg.data.max_bad_share}")
+    at_least_0 = {"model.lora_rank": cfg.model.lora_rank}
     positive = {
+        "model.lora_alpha": cfg.model.lora_alpha,
         "run.steps": cfg.run.steps,
         "run.save_every": cfg.run.save_every,
         "run.keep_checkpoints": cfg.run.keep_checkpoints,
@@ -269,15 +273,23 @@ def _check_training(cfg) -> None:
             "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
             "rollout.micro_batch_size": cfg.rollout.micro_batch_size,
             "loss.updates_per_rollout": cfg.loss.updates_per_rollout,
+            "loss.kl_clamp": cfg.loss.kl_clamp,
+            "loss.overlong_buffer": cfg.loss.overlong_buffer,
             "group.warn_after": cfg.group.warn_after,
         }
+        names = ("std_eps", "clip_low", "clip_high", "beta", "overlong_penalty")
+        at_least_0 |= {f"loss.{name}": getattr(cfg.loss, name) for name in names}
+        at_least_0 |= {"group.tolerance": cfg.group.tolerance, "group.max_refills": cfg.group.max_refills}
     for key, value in positive.items():
         if value <= 0:
             raise ValueError(f"{key} must be above 0, got {value}")
-    if cfg.model.lora_rank < 0:
-        raise ValueError(f"model.lora_rank must be at least 0, got {cfg.model.lora_rank}")
+    for key, value in at_least_0.items():
+        if value < 0:
+            raise ValueError(f"{key} must be at least 0, got {value}")
     if cfg.model.lora_rank and not cfg.model.freeze_vision:
         raise ValueError("model.lora_rank trains adapters only: model.freeze_vision must be true (see lora_merger)")
+    if cfg.model.lora_rank and cfg.optim.muon_lr:
+        raise ValueError("optim.muon_lr is for training from scratch, not for the adapters of model.lora_rank")
     if cfg.model.lora_merger and not cfg.model.lora_rank:
         raise ValueError("model.lora_merger=true needs model.lora_rank above 0")
 

@@ -3,7 +3,7 @@
 It trains nothing and computes no reward.
 
     python eval.py run --config configs/tiny_eval.yaml model.path=runs/grpo/final
-python eval.py score predictions.jsonl --out metrics.json [--answer tagged_or_text]
+    python eval.py score predictions.jsonl --out metrics.json [--answer tagged_or_text]
 """
 
 import argparse

@@ -70,7 +70,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3", clamp: float
     With r = ref_logps - logps, clamped to +-`clamp` (Schulman 2020, joschu.net/blog/kl-approx.html):
     k1 = -r, unbiased, but in a loss its gradient is that of log-probs alone and says nothing about the reference;
     k2 = r^2 / 2, biased, and its gradient is the KL's own;
-    k3 = exp(r) - r - 1, unbiased and never negative (DeepSeekMath eq. 4).
+    k3 = exp(r) - r - 1, unbiased and never negative (DeepSeekMath eq. 4); in a loss its expected gradient is that of
+    KL(reference || policy).
 
     >>> kl_estimate(torch.tensor([-1.0]), torch.tensor([-1.5])).item()  # exp(-0.5) + 0.5 - 1
     0.10653066635131836
@@ -166,17 +167,24 @@ def policy_loss(
     return (per_token_BT * weights_BT.to(logps_BT.dtype)).sum(), sums
 
 
-def group_stats(rewards_PG: Tensor, tolerance: float = 1e-4, good: float = 0.999) -> dict[str, float]:
-    """Counts of groups, for sums over processes: those that carry a signal, and those that do not.
+def is_mixed(rewards_PG: Tensor, tolerance: float = 1e-4) -> Tensor:
+    """(P,) bool: groups whose rewards differ, by a standard deviation (ddof 1) above `tolerance`."""
+    return (rewards_PG - rewards_PG[:, :1]).std(1) > tolerance  # less the first: equal rewards then give exactly 0
 
-    A group is mixed when the standard deviation (ddof 1) of its total rewards exceeds `tolerance`; a dead one is all
-    good when its mean reaches `good`, else all bad when it is below 1 - `good`, so the three need not add up to P.
+
+def group_stats(
+    rewards_PG: Tensor, right_PG: Tensor | None = None, tolerance: float = 1e-4, good: float = 0.999
+) -> dict[str, float]:
+    """Counts of groups: `mixed` ones carry a signal; the others may be `all_good` or `all_bad`.
+
+    `right_PG`, by default the rewards, says how right each completion is, from 0 to 1. A group that is not mixed is
+    all good when the mean of that reaches `good`, all bad when it is at most 1 - `good`; the three need not add up
+    to P.
     """
-    std_P, mean_P = rewards_PG.std(1), rewards_PG.mean(1)
-    dead_P = std_P <= tolerance
+    mixed_P = is_mixed(rewards_PG, tolerance)
+    mean_P = (rewards_PG if right_PG is None else right_PG).mean(1)
     return {
-        "num_groups": float(len(rewards_PG)),
-        "num_mixed": float((~dead_P).sum()),
-        "num_all_good": float((dead_P & (mean_P >= good)).sum()),
-        "num_all_bad": float((dead_P & (mean_P <= 1 - good)).sum()),
+        "mixed": float(mixed_P.sum()),
+        "all_good": float((~mixed_P & (mean_P >= good)).sum()),
+        "all_bad": float((~mixed_P & (mean_P <= 1 - good)).sum()),
     }

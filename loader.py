@@ -60,6 +60,7 @@ class Round:
     places: list[int]  # among the round's `num_places`
     num_places: int
     taken: list[int]  # indices of all samples that the step has asked for by now, on all processes
+    occurrences: list[int]  # of each prompt: how often its sample stands in the round before it
 
 
 class Loader:
@@ -114,12 +115,15 @@ class Loader:
         spares = iter(spare_indices(len(self.samples), [*taken, *wanted], step, refill, self.cfg.run.seed))
         prompts: list[Prompt | None] = [None] * len(places)
         coming = dict(enumerate(wanted))  # what is to be read now, by place
+        replaced: set[int] = set()  # places
         for _ in range(MOST_ATTEMPTS):
             taken = [*taken, *coming.values()]
             self.state["num_asked"] += len(coming)
             failed = self._gather_failed(self._read(coming, places, prompts, calls))
             if not failed:
-                return Round(prompts, places[:num_own], len(wanted), taken)
+                before = [0 if i in replaced else wanted[:i].count(wanted[i]) for i in places]
+                return Round(prompts, places[:num_own], len(wanted), taken, before)
+            replaced |= {row["place"] for row in failed}
             self._note(step + 1, failed)
             coming = dict(zip((row["place"] for row in failed), spares))
             self._check(stuck=len(coming) < len(failed))

@@ -1,34 +1,21 @@
-"""Text and target to a reward: answer parsing, temporal IoU, the weighted parts, and reward functions in TRL's form.
+"""Text and target to a reward: answer parsing, temporal IoU and the weighted sum of the parts.
 
-Not a model, a metric (`eval.py`) or a loader: a bad ground truth is rejected when the data is read.
-The built-in reward is total: any response gives finite numbers in [0, 1] in time linear in its length, without
-`eval`. A reward function of the user's that fails is one error, `RewardFunctionError`.
+Not a model, a metric (`eval.py`) or a loader: a bad ground truth is rejected when the data is read. Everything here is
+total: any response gives finite numbers in [0, 1] in time linear in its length, without `eval`.
 """
 
-import asyncio
-import importlib.machinery
-import importlib.util
-import inspect
 import json
 import math
 import re
 import string
-import sys
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 Segment = tuple[float, float]  # (start, end) in seconds, start <= end
 
 PARTS = {"tvg": ("format", "iou"), "mcqa": ("format", "answer"), "gqa": ("format", "answer", "iou")}
 MAX_ANSWER_CHARS = 4000  # a longer answer block is malformed; bounds the number of segments as well
-COLUMNS = (
-    "id", "task", "video", "question", "duration", "options", "answer", "segments", "clip", "fps", "type",
-    "response",
-)  # fmt: skip
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TIME_KEYS = (("start_time", "end_time"), ("start", "end"))
@@ -41,29 +28,12 @@ _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _LETTER_HEAD = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.,:;)]|$))[.,:;)]? ?(.*)", re.ASCII)
 
 
-_TAKEN = {"format", "answer", "iou", "total", "overlong"}  # names of metrics `reward/<part>` that are not for functions
-_ASYNC = asyncio.Runner()  # one event loop for all steps: a client that a function keeps stays usable
-
-
 @dataclass(frozen=True)
 class Reward:
-    """One response's reward: the weighted mean of the built-in parts, each in [0, 1], plus the reward functions'."""
+    """One response's reward: the weighted mean of its parts, and the parts; from `score` every number in [0, 1]."""
 
     total: float
     parts: dict[str, float]
-
-
-@dataclass(frozen=True)
-class RewardFunction:
-    """A function of `rewards.functions`: adds `weight` x its value to the total; the value is the part `name`."""
-
-    name: str
-    call: Callable[..., Any]
-    weight: float
-
-
-class RewardFunctionError(ValueError):
-    """A reward function that raised, or returned what is no reward: names the function, the step and the sample."""
 
 
 def temporal_iou(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
@@ -247,61 +217,6 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
     return Reward(total / (sum(weight.values()) or 1.0), values)
 
 
-def score_all(
-    texts: Sequence[str],
-    samples: Sequence[Any],
-    cfg: Any,
-    functions: Sequence[RewardFunction],
-    completion_ids: Sequence[Sequence[int]] | None = None,
-    step: int = 0,
-) -> list[Reward]:
-    """`score` of B responses, plus weight x value of each reward function, called once for the whole batch.
-
-    As TRL calls it: f(prompts=, completions=, completion_ids=, trainer_state=, **columns), all but the state lists of
-    B; columns are the record's fields (`COLUMNS`) and the keys of its `extra`, None where a row has none. Prompts (the
-    questions) and completions are strings, or with `rewards.conversational` lists of one message; the state has
-    `global_step` and `max_steps`. It returns B numbers, as a coroutine if it likes; None adds nothing and is no part.
-    Raises RewardFunctionError when it raises or returns anything else.
-    """
-    rewards = [score(text, sample, cfg) for text, sample in zip(texts, samples, strict=True)]
-    for function in functions if rewards else ():
-        values = _values(function, _keywords(texts, samples, cfg, completion_ids, step), samples, step)
-        for i, value in enumerate(values):
-            if value is not None:
-                total = rewards[i].total + function.weight * value
-                rewards[i] = Reward(total, rewards[i].parts | {function.name: value})
-    return rewards
-
-
-def load_functions(functions: dict[str, float]) -> list[RewardFunction]:
-    """Import the reward functions of {"path/to/file.py:function": weight}, each file once.
-
-    Paths count from the working directory. A part is named after its function, and by the whole key where another
-    function or a metric has that name. Raises ValueError naming file and function, in one line.
-    """
-    names = [key.rpartition(":")[2] for key in functions]
-    modules: dict[Path, ModuleType] = {}
-    loaded = []
-    for (key, weight), name in zip(functions.items(), names):
-        path, colon, _ = key.rpartition(":")
-        if not colon:
-            raise ValueError(f"rewards.functions: {key!r} is not of the form path/to/file.py:function")
-        path = Path(path).resolve()
-        if not path.is_file():
-            raise ValueError(f"rewards.functions: {key}: file not found")
-        if path not in modules:
-            try:
-                modules[path] = _import_file(path)
-            except Exception as error:  # whatever the user's file raises
-                raise ValueError(f"rewards.functions: {key}: the file does not import: {_one_line(error)}") from error
-        function = getattr(modules[path], name, None)
-        if not callable(function):
-            raise ValueError(f"rewards.functions: {key}: the file has no function {name!r}")
-        unique = names.count(name) == 1 and name not in _TAKEN
-        loaded.append(RewardFunction(name if unique else key, function, float(weight)))
-    return loaded
-
-
 def format_answer(sample: Any) -> str:
     """The answer block a perfect response ends with, tags included: the target of supervised tuning.
 
@@ -319,61 +234,6 @@ def _overlap_part(kind: str, segments: list[Segment], sample: Any) -> float:
     if kind == "timestamp_iou":
         return timestamp_iou(pred, sample.segments, sample.duration)
     return {"iou": temporal_iou, "distance_iou": distance_iou}[kind](pred, sample.segments)
-
-
-def _keywords(texts: Sequence[str], samples: Sequence[Any], cfg: Any, completion_ids: Any, step: int) -> dict[str, Any]:
-    """What a reward function is called with, in new lists for each: one that changes its own disturbs no other."""
-    prompts, completions = [sample.question for sample in samples], list(texts)
-    if cfg.rewards.conversational:
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-    named = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    named["trainer_state"] = SimpleNamespace(global_step=step, max_steps=cfg.run.steps)
-    extras = [sample.extra or {} for sample in samples]
-    extra = {key: [row.get(key) for row in extras] for key in {key: None for row in extras for key in row}}
-    return extra | {name: [getattr(sample, name) for sample in samples] for name in COLUMNS} | named
-
-
-def _values(function: RewardFunction, keywords: dict, samples: Sequence[Any], step: int) -> list[float | None]:
-    """What the function returns for B samples, checked; raises RewardFunctionError."""
-    where, ids = f"reward function {function.name}, step {step}", [sample.id for sample in samples]
-    batch = f"the batch of {len(ids)} completions that begins with sample {ids[0]!r}"
-    try:
-        values = function.call(**keywords)
-        if inspect.iscoroutine(values):
-            values = _ASYNC.run(values)
-    except Exception as error:  # whatever the user's function raises
-        raise RewardFunctionError(f"{where}: {_one_line(error)}, on {batch}") from error
-    is_vector = isinstance(values, Sequence) or getattr(values, "ndim", None) == 1  # 1-d: an array or a tensor
-    if isinstance(values, str | bytes) or not is_vector:
-        raise RewardFunctionError(f"{where}: returned {type(values).__name__}, not a list, for {batch}")
-    if len(values) != len(ids):
-        raise RewardFunctionError(f"{where}: returned {len(values)} values for {batch}")
-    return [_value(value, f"{where}, sample {sample_id!r}") for value, sample_id in zip(values, ids)]
-
-
-def _value(value: Any, where: str) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor of several numbers
-        raise RewardFunctionError(f"{where}: {type(value).__name__} is not a number") from error
-    if not math.isfinite(number):
-        raise RewardFunctionError(f"{where}: returned {str(value)[:40]!r}, not a finite number")
-    return number
-
-
-def _import_file(path: Path) -> ModuleType:
-    name = f"reward_functions_{zlib.crc32(bytes(path)):08x}"
-    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(path)))
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses and pickle look it up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
 def _hull(segments: Sequence[Segment]) -> Segment:

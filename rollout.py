@@ -104,8 +104,12 @@ def generate(
     micro_batch_size: int,
     seed: int | None = 0,
     step: int = 0,
+    occurrences: Sequence[int] | None = None,
 ) -> Rollout:
     """Sample `group_size` completions of each prompt; `seed` None is greedy decoding.
+
+    `occurrences[p]` is how often prompt p's sample stands earlier in the step's batch (0 by default): its completions
+    are numbered on, so that they are not the same again.
 
     `policy` is the unwrapped model; `video_embeds` holds each prompt's (video tokens, H). `micro_batch_size` prompts
     run at a time, which changes no sample. The model is in eval mode meanwhile: in training mode with gradient
@@ -116,23 +120,28 @@ def generate(
     parts = []
     for i in range(0, len(prompts), micro_batch_size):
         some = prompts[i : i + micro_batch_size]
-        seeds = (
-            None if seed is None else [row_seed(seed, step, p.sample.id, g) for p in some for g in range(group_size)]
-        )
+        seeds = None
+        if seed is not None:
+            before = [0] * len(prompts) if occurrences is None else occurrences
+            firsts = [group_size * n for n in before[i : i + len(some)]]
+            numbered = [(p.sample.id, first + g) for p, first in zip(some, firsts) for g in range(group_size)]
+            seeds = [row_seed(seed, step, sample_id, g) for sample_id, g in numbered]
         parts.append(_generate(policy, some, video_embeds[i : i + micro_batch_size], group_size, max_new_tokens, seeds))
     policy.train(was_training)
     tokens_BT = _stack([tokens for tokens, _ in parts], policy.pad_id)
     mask_BT = completion_mask(tokens_BT, policy.eos_ids)
     ends_B = tokens_BT.gather(1, mask_BT.sum(1, keepdim=True) - 1)
     truncated_B = ~torch.isin(ends_B, torch.tensor(policy.eos_ids, device=policy.device)).squeeze(1)
-    kept = [tokens[mask].tolist() for tokens, mask in zip(tokens_BT.cpu(), mask_BT.cpu())]
+    # EOS alone is left out of the text: another special token that was sampled is seen, by the reward as well
+    rows = zip(tokens_BT.cpu(), mask_BT.cpu(), truncated_B.tolist())
+    kept = [tokens[mask].tolist()[: None if truncated else -1] for tokens, mask, truncated in rows]
     return Rollout(
         prompts=tuple(prompts),
         tokens_BT=tokens_BT,
         mask_BT=mask_BT,
         logps_BT=_stack([logps for _, logps in parts], 0.0) * mask_BT,
         truncated_B=truncated_B,
-        texts=policy.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        texts=policy.tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False),
     )
 
 

@@ -34,6 +34,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "accelerate",
+    "peft",
     "deepspeed",
     "decord2",
     "decord",
@@ -203,30 +204,34 @@ class Run:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def backward(self, model, micro_batches: Sequence, loss_of: Callable, spare=None) -> None:
+    def backward(self, model, micro_batches: Sequence, loss_of: Callable) -> None:
         """Gradients of the sum of `loss_of(micro_batch)`; each is already divided by the step's denominator.
 
-        The number of passes is the largest of all processes: one that has run out passes the micro-batch `spare`, by
-        default its first, with weight 0, so that every collective call finds its partners. Engines average over
-        processes; we want the sum.
+        The number of passes is the largest of all processes: one that has run out repeats its first micro-batch with
+        weight 0, so that every collective call finds its partners. Engines average over processes; we want the sum.
         """
         num, world = int(self.maximum(len(micro_batches))), self.accelerator.num_processes
-        spare = micro_batches[0] if spare is None else spare
         for i in range(num):
             last = i == num - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reduces and steps at the last one
             delay = self.accelerator.distributed_type in DDP and not last
             with model.no_sync() if delay else nullcontext():
-                ours = i < len(micro_batches)
-                loss = loss_of(micro_batches[i] if ours else spare)
-                self.accelerator.backward(loss * (world if ours else 0.0))
+                loss = loss_of(micro_batches[i if i < len(micro_batches) else 0])
+                self.accelerator.backward(loss * (world if i < len(micro_batches) else 0.0))
 
     def step(self, model, optimizer, grad_clip: float) -> float:
-        """Clip, step and clear; returns the gradient norm before clipping."""
+        """Clip, step and clear; returns the gradient norm before clipping.
+
+        A gradient that is not finite is thrown away, with a warning, and its norm returned: the run goes on.
+        """
         norm = self.accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip)
-        optimizer.step()
+        norm = float(norm if norm is not None else model.get_global_grad_norm())
+        if math.isfinite(norm) or use_deepspeed():  # DeepSpeed has stepped, or not, by itself
+            optimizer.step()
+        elif self.is_main:
+            print(f"WARNING: the gradient's norm is {norm}; this update is skipped", file=sys.stderr)
         optimizer.zero_grad()
-        return float(norm if norm is not None else model.get_global_grad_norm())
+        return norm
 
     def finish(self) -> None:
         self.accelerator.end_training()
@@ -327,6 +332,7 @@ def make_optimizer(model: torch.nn.Module, cfg) -> torch.optim.Optimizer:
         },
         {"params": [p for n, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # adapters have no vectors
     if cfg.muon_lr:
         return Muon([p for n, p in trained if is_muon[n]], groups, cfg.muon_lr, cfg)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))

@@ -11,10 +11,12 @@ Letters: P prompts of this process, G completions each, B = P * G, T tokens, N g
 metrics.jsonl holds, per step:
 
     reward/total, reward/<part>   means over all completions sampled; a part over those that have it
-    group/frac_mixed              groups whose rewards differ, the only ones with a gradient; all_good, all_bad likewise
+    group/frac_mixed              groups whose rewards differ, the only ones with a gradient
+    group/frac_all_good, _all_bad of the others, those whose answers are all perfect, all worth nothing
     group/refills, group/trained  rounds of further sampling; groups that the update ran on
     loss                          mean over the updates; this and what follows only if a group was trained on
-    kl, clip_frac, entropy        means over the completion tokens trained on, and over the updates
+    kl, entropy                   means over the completion tokens trained on, and over the updates
+    clip_frac                     likewise, of the last update: in a rollout's first one every ratio is 1
     length/mean, length/max       completion tokens, EOS included; frac_truncated: without EOS
     logp_gap/mean, logp_gap/max   |sampled - scored log-prob| per token: 0 but for rounding, or something is wrong
     tokens/video, data/frames_cut means over the videos: tokens really used, frames that the token budget took away
@@ -25,7 +27,8 @@ metrics.jsonl holds, per step:
 import json
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -35,11 +38,12 @@ import config
 from config import GrpoConfig
 from data import read_samples, refill_indices
 from eval import Validator
-from grpo import group_advantages, group_stats, overlong_penalty, policy_loss, token_weights
+from grpo import group_advantages, group_stats, is_mixed, overlong_penalty, policy_loss, token_weights
 from loader import Loader, make_workers
 from policy import Policy, load_policy, pack, packed_logps, save_model
 from prompts import make_builder, video_means, video_sums
-from rewards import PARTS, Reward, load_functions, score_all
+from reward_functions import load_functions, score_all
+from rewards import PARTS, Reward
 from rollout import Rollout, generate
 from run import Clock, Run, check_batch, check_precision, make_optimizer, set_learning_rate, user_errors
 
@@ -57,39 +61,49 @@ class Groups:
     """One step's groups, sampled in one or more rounds: this process's own, and the numbers of everybody's.
 
     The N groups of all processes stand in the order they were sampled in; `own[p]` is the place of this process's
-    group p among them. What is decided from `totals_NG` and `tokens_N` is decided alike on all processes.
+    group p among them. What is decided from the (N, G) numbers is decided alike on all processes.
     """
 
     rollout: Rollout
     video_embeds: list[Tensor]
     rewards: list[Reward]  # B
     own: list[int]  # P
-    totals_NG: Tensor  # total rewards
-    tokens_N: Tensor  # completion tokens that count in the loss
+    totals_NG: Tensor  # rewards, penalties included: what advantages are made of
+    earned_NG: Tensor  # rewards before the penalty for overlong completions: a group is dead when these are equal
+    right_NG: Tensor  # the task's own parts alone, 1 for a perfect answer
+    tokens_NG: Tensor  # completion tokens that count in the loss
     num_refills: int
 
 
 def score_groups(rollout: Rollout, functions, cfg: GrpoConfig, step: int) -> tuple[list[Reward], Tensor]:
-    """B rewards with their parts, and their totals (P, G); a penalty for overlong completions is a part of its own."""
-    group_size = rollout.group_size
-    samples = [prompt.sample for prompt in rollout.prompts for _ in range(group_size)]
+    """B rewards with their parts, and (P, G, 4): what `Groups` holds of every completion, in its order."""
+    samples = [prompt.sample for prompt in rollout.prompts for _ in range(rollout.group_size)]
     ids = [tokens for group in rollout.completions for tokens in group]
-    rewards = score_all(rollout.texts, samples, cfg, functions, ids, step)
+    earned = score_all(rollout.texts, samples, cfg, functions, ids, step)
+    rewards = earned
     if cfg.loss.truncated == "penalise":
         longest = cfg.rollout.max_new_tokens
-        penalties = overlong_penalty(rollout.mask_BT.sum(1), longest, cfg.loss.overlong_buffer * longest)
+        penalties_B = overlong_penalty(rollout.mask_BT.sum(1), longest, cfg.loss.overlong_buffer * longest)
         rewards = [
-            replace(reward, total=reward.total + penalty, parts=reward.parts | {"overlong": penalty})
-            for reward, penalty in zip(rewards, penalties.tolist(), strict=True)
+            Reward(reward.total + penalty, reward.parts | {"overlong": penalty})
+            for reward, penalty in zip(earned, (cfg.loss.overlong_penalty * penalties_B).tolist(), strict=True)
         ]
-    totals = [reward.total for reward in rewards]
-    return rewards, torch.tensor(totals, dtype=torch.float32).view(-1, group_size)
+    right = [fmean(reward.parts[part] for part in PARTS[x.task][1:]) for reward, x in zip(earned, samples)]
+    numbers = [[reward.total for reward in rewards], [reward.total for reward in earned], right]
+    tokens_B = loss_mask(rollout, cfg).sum(1).cpu()
+    numbers_B4 = torch.stack([*torch.tensor(numbers, dtype=torch.float32), tokens_B.float()], dim=1)
+    return rewards, numbers_B4.view(-1, rollout.group_size, 4)
 
 
 def loss_mask(rollout: Rollout, cfg: GrpoConfig) -> Tensor:
     """(B, T) bool: the completion tokens that count in the loss."""
     drop_truncated = cfg.loss.truncated == "mask"
     return rollout.mask_BT & ~rollout.truncated_B[:, None] if drop_truncated else rollout.mask_BT
+
+
+def is_alive(earned_NG: Tensor, tokens_NG: Tensor, cfg: GrpoConfig) -> Tensor:
+    """(N,) bool: groups with a signal: rewards that differ, and tokens to put it on."""
+    return is_mixed(earned_NG, cfg.group.tolerance) & (tokens_NG.sum(1) > 0)
 
 
 def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, step: int, run: Run, clock) -> Groups:
@@ -99,7 +113,7 @@ def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, s
     one is sampled more than once, and once kept, so that all processes make the same calls.
     """
     r, num_samples = cfg.rollout, len(loader.samples)
-    own, totals, tokens = [], [], []
+    own, numbers = [], []
     rollouts, video_embeds, rewards = [], [], []
     num_refills = num_groups = 0
     with clock("data"):
@@ -110,26 +124,32 @@ def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, s
             embeds = policy.embed_each(prompts)
         with clock("rollout"):
             rollout = generate(
-                policy, prompts, embeds, r.group_size, r.max_new_tokens, r.micro_batch_size, cfg.run.seed, step
+                policy,
+                prompts,
+                embeds,
+                r.group_size,
+                r.max_new_tokens,
+                r.micro_batch_size,
+                cfg.run.seed,
+                step,
+                batch.occurrences,
             )
-        with clock("reward"):
-            scored, totals_PG = score_groups(rollout, functions, cfg, step)
-        tokens_P = loss_mask(rollout, cfg).sum(1).view(-1, r.group_size).sum(1)
-        totals.append(run.gather(totals_PG)[: batch.num_places])
-        tokens.append(run.gather(tokens_P)[: batch.num_places])
+        numbers_PG4 = torch.zeros(len(prompts), r.group_size, 4)
         if batch.places:
             own += [num_groups + place for place in batch.places]
             rollouts.append(rollout.take(range(len(batch.places))))
             video_embeds += embeds[: len(batch.places)]
-            rewards += scored[: len(batch.places) * r.group_size]
+            with clock("reward"):
+                scored, numbers_PG4[: len(batch.places)] = score_groups(rollouts[-1], functions, cfg, step)
+            rewards += scored
+        numbers.append(run.gather(numbers_PG4)[: batch.num_places])
         num_groups += batch.num_places
-        num_mixed = group_stats(torch.cat(totals), cfg.group.tolerance)["num_mixed"]
-        num_missing = cfg.data.batch_size - int(num_mixed)
+        totals_NG, earned_NG, right_NG, tokens_NG = torch.cat(numbers).unbind(2)
+        num_missing = cfg.data.batch_size - int(is_alive(earned_NG, tokens_NG, cfg).sum())
         wanted = refill_indices(num_samples, batch.taken, num_missing, step, num_refills + 1, cfg.run.seed)
         if num_refills == cfg.group.max_refills or not wanted:
-            return Groups(
-                Rollout.join(rollouts), video_embeds, rewards, own, torch.cat(totals), torch.cat(tokens), num_refills
-            )
+            rollout = Rollout.join(rollouts)
+            return Groups(rollout, video_embeds, rewards, own, totals_NG, earned_NG, right_NG, tokens_NG, num_refills)
         num_refills += 1
         with clock("data"):
             batch = loader.refill(step, num_refills, wanted, batch.taken)
@@ -138,17 +158,19 @@ def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, s
 def choose_groups(groups: Groups, cfg: GrpoConfig) -> tuple[list[int], list[int], Tensor]:
     """The step's batch, the groups of it to train on (both as places among the N), and advantages (N, G).
 
-    A batch has data.batch_size groups: mixed ones first, then dead ones, which count in the loss's denominator. So
+    A batch has data.batch_size groups: live ones first, then dead ones, which count in the loss's denominator. So
     skipping them changes no gradient (but for their KL and entropy terms).
     """
-    mixed_N = groups.totals_NG.std(1) > cfg.group.tolerance
-    batch = torch.argsort(~mixed_N, stable=True)[: cfg.data.batch_size].tolist()
+    alive_N = is_alive(groups.earned_NG, groups.tokens_NG, cfg)
+    batch = torch.argsort(~alive_N, stable=True)[: cfg.data.batch_size].tolist()
     advantages_NG = torch.zeros_like(groups.totals_NG)
     loss = cfg.loss
     advantages_NG[batch] = group_advantages(
         groups.totals_NG[batch], loss.std_eps, loss.baseline, loss.scale, cfg.group.tolerance
     )
-    return batch, [n for n in batch if mixed_N[n] or not cfg.group.skip_dead], advantages_NG
+    has_tokens_N = groups.tokens_NG.sum(1) > 0
+    trained = [n for n in batch if alive_N[n] or (has_tokens_N[n] and not cfg.group.skip_dead)]
+    return batch, trained, advantages_NG * alive_N[:, None]
 
 
 def update(
@@ -159,71 +181,77 @@ def update(
     `old_logps` are the policy's own of the first pass. Without a group to train on, on any process, nothing is done.
     """
     batch, trained, advantages_NG = choose_groups(groups, cfg)
-    names = ("loss", "kl", "clipped", "entropy", "tokens", "gap", "gap_max")
+    stats: dict[str, float] = defaultdict(float, trained=float(len(trained)))
     if not trained:
-        return dict.fromkeys((*names, "trained", "grad_norm"), 0.0)
+        return stats
     raw, size, loss_cfg = run.accelerator.unwrap_model(policy), cfg.data.micro_batch_size, cfg.loss
     mine = [p for p, n in enumerate(groups.own) if n in trained]
     chosen = mine or [0]  # a process with nothing to train on runs its first group with weight 0
     rollout, embeds_of = groups.rollout.take(chosen), [groups.video_embeds[p] for p in chosen]
     completions, mask_BT = rollout.completions, loss_mask(rollout, cfg)
-    weights_BT = token_weights(
-        mask_BT,
-        loss_cfg.aggregation,
-        float(groups.tokens_N[batch].sum()),
-        len(batch) * rollout.group_size,
-        cfg.rollout.max_new_tokens,
+    tokens_NG = groups.tokens_NG[batch]
+    weights_BT = (
+        len(mine)
+        / len(chosen)
+        * token_weights(
+            mask_BT,
+            loss_cfg.aggregation,
+            num_tokens=tokens_NG.sum().item(),
+            num_completions=(tokens_NG > 0).sum().item(),
+            max_tokens=cfg.rollout.max_new_tokens,
+        )
     )
     advantages_B = advantages_NG[[groups.own[p] for p in chosen]].flatten().to(raw.device)
     old_of, ref_of, passes = {}, {}, []  # log-probs by micro-batch; sums by pass
 
     def loss_of(videos: slice) -> Tensor:
         b = slice(videos.start * rollout.group_size, videos.stop * rollout.group_size)
-        key, num_columns = (videos.start, videos.stop), mask_BT.shape[1]
         packed = pack(rollout.prompts[videos], completions[videos], raw.model.config, raw.device)
         embeds = torch.cat(embeds_of[videos]) if raw.vision_is_frozen else None
-        if reference is not None and key not in ref_of:
+        scored = (packed, embeds, mask_BT.shape[1])
+        if reference is not None and b.start not in ref_of:
             with torch.no_grad(), reference.adapter_off():
-                ref_of[key] = packed_logps(reference, packed, embeds, num_columns)[0]
-        logps_BT, entropy_BT = packed_logps(policy, packed, embeds, num_columns, entropy_grad=loss_cfg.entropy != 0)
-        first = key not in old_of
-        old_of.setdefault(key, rollout.logps_BT[b] if loss_cfg.old_logps == "sampled" else logps_BT.detach())
+                ref_of[b.start] = packed_logps(reference, *scored)[0]
+        logps_BT, entropy_BT = packed_logps(policy, *scored, entropy_grad=loss_cfg.entropy != 0)
+        first = b.start not in old_of
+        if first:
+            old_of[b.start] = rollout.logps_BT[b] if loss_cfg.old_logps == "sampled" else logps_BT.detach()
         loss, sums = policy_loss(
             logps_BT,
-            old_of[key],
+            old_of[b.start],
             advantages_B[b],
             mask_BT[b],
             weights_BT[b],
-            loss_cfg.ratio,
-            loss_cfg.clip,
-            loss_cfg.clip_low,
-            loss_cfg.clip_high,
-            ref_of.get(key),
-            loss_cfg.beta,
-            loss_cfg.kl,
-            loss_cfg.kl_clamp,
-            entropy_BT,
-            loss_cfg.entropy,
+            ratio=loss_cfg.ratio,
+            clip=loss_cfg.clip,
+            clip_low=loss_cfg.clip_low,
+            clip_high=loss_cfg.clip_high,
+            ref_logps_BT=ref_of.get(b.start),
+            beta=loss_cfg.beta,
+            kl=loss_cfg.kl,
+            kl_clamp=loss_cfg.kl_clamp,
+            entropy_BT=entropy_BT,
+            entropy_coef=loss_cfg.entropy,
         )
-        gap_BT = (logps_BT.detach() - rollout.logps_BT[b]).abs() * first
+        gap_BT = (logps_BT.detach() - rollout.logps_BT[b]).abs() * mask_BT[b] * first
         sums |= {"loss": loss.detach(), "entropy": (entropy_BT.detach() * mask_BT[b]).sum()}
-        sums |= {"tokens": mask_BT[b].sum(), "gap": (gap_BT * mask_BT[b]).sum(), "gap_max": gap_BT.max()}
+        sums |= {"tokens": mask_BT[b].sum(), "gap": gap_BT.sum(), "gap_max": gap_BT.max()}
         passes.append({name: value.item() for name, value in sums.items()})
         return loss
 
     policy.train()
-    micro_batches = [slice(i, min(i + size, len(mine))) for i in range(0, len(mine), size)]
-    stats: dict[str, float] = defaultdict(float)
+    num = len(chosen)
+    micro_batches = [slice(i, min(i + size, num)) for i in range(0, num, size)]
     for _ in range(loss_cfg.updates_per_rollout):
         passes.clear()
-        run.backward(policy, micro_batches, loss_of, spare=slice(0, 1))
+        run.backward(policy, micro_batches, loss_of)
         stats["grad_norm"] += run.step(policy, optimizer, cfg.optim.grad_clip) / loss_cfg.updates_per_rollout
-        for sums in passes[: len(micro_batches)]:  # the others had weight 0
-            gap_max = max(stats["gap_max"], sums.pop("gap_max"))
+        stats["clipped"] = 0.0  # of the last update: in the first one the ratio is 1
+        for sums in passes[: len(micro_batches)] if mine else ():  # the others had weight 0
+            stats["gap_max"] = max(stats["gap_max"], sums.pop("gap_max"))
             for name, value in sums.items():
                 stats[name] += value
-            stats["gap_max"] = gap_max
-    return dict.fromkeys(names, 0.0) | stats | {"trained": float(len(trained))}
+    return stats
 
 
 def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoConfig, run: Run) -> dict[str, float]:
@@ -241,14 +269,14 @@ def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoCo
     parts = [*PARTS["gqa"], "overlong", *(function.name for function in functions)]
     for part in parts:
         having = [reward.parts[part] for reward in groups.rewards if part in reward.parts]
-        sums |= {f"sum_{part}": sum(having), f"num_{part}": float(len(having))}
+        sums |= {f"sum/{part}": sum(having), f"num/{part}": float(len(having))}
     s = run.sums(sums)
     num = s["num_completions"]
-    counts, kinds = group_stats(groups.totals_NG, cfg.group.tolerance), ("mixed", "all_good", "all_bad")
+    counts = group_stats(groups.earned_NG, groups.right_NG, cfg.group.tolerance)
     metrics = {
         "reward/total": s["total"] / num,
-        **{f"reward/{part}": s[f"sum_{part}"] / s[f"num_{part}"] for part in parts if s[f"num_{part}"]},
-        **{f"group/frac_{kind}": counts[f"num_{kind}"] / len(groups.totals_NG) for kind in kinds},
+        **{f"reward/{part}": s[f"sum/{part}"] / s[f"num/{part}"] for part in parts if s[f"num/{part}"]},
+        **{f"group/frac_{kind}": count / len(groups.totals_NG) for kind, count in counts.items()},
         "group/refills": float(groups.num_refills),
         "group/trained": stats["trained"],
         "length/mean": s["completion_tokens"] / num,
@@ -261,7 +289,7 @@ def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoCo
     }
     gap_max = run.maximum(stats["gap_max"])
     if s["tokens"]:  # the gap is the first update's
-        metrics |= {"loss": s["loss"] / num_updates, "clip_frac": s["clipped"] / s["tokens"]}
+        metrics |= {"loss": s["loss"] / num_updates, "clip_frac": s["clipped"] * num_updates / s["tokens"]}
         metrics |= {"kl": s["kl"] / s["tokens"], "entropy": s["entropy"] / s["tokens"]}
         metrics |= {
             "logp_gap/mean": s["gap"] * num_updates / s["tokens"],

@@ -2,9 +2,10 @@
 
     python benchmarks/bench_losses.py --dir runs/losses --seeds 0 1 2 --jobs 2
 
-Trains a base for each seed (configs/tiny_base.yaml; one that is in --dir is used again), from it every variant, and
-evaluates each final model on the grounding test. Prints a markdown table, means and standard deviations over seeds, and
-one JSON line last. With --jobs 2, two runs go side by side on one thread each; times are comparable within one call.
+Trains a base for each seed (configs/tiny_base.yaml), from it every variant, and evaluates each final model on the
+grounding test; what stands finished in --dir is used again. Prints a markdown table, means and standard deviations over
+seeds, and one JSON line last. With --jobs 2, two runs go side by side on one thread each; times are comparable within
+one call.
 """
 
 import argparse
@@ -41,20 +42,20 @@ def train_base(root: Path, seed: int, threads: int) -> None:
     folder = root / f"base_{seed}"
     if not (folder / "final").is_dir():
         call("train_sft.py", "--config", "configs/tiny_base.yaml", f"run.seed={seed}", folder=folder, threads=threads)
-    evaluate(root, folder.name, seed, threads)
 
 
 def evaluate(root: Path, name: str, seed: int, threads: int) -> None:
     words = ["run", "--config", "configs/tiny_eval.yaml", f"model.path={root / name / 'final'}", f"run.seed={seed}"]
-    if not (root / f"eval_{name}").is_dir():
-        call("eval.py", *words, folder=root / f"eval_{name}", threads=threads)
+    call("eval.py", *words, folder=root / f"eval_{name}", threads=threads)
 
 
 def train_variant(root: Path, variant: str, seed: int, threads: int) -> None:
     name = f"{slug(variant)}_{seed}"
     words = ["--config", "configs/tiny.yaml", *VARIANTS[variant], f"model.path={root}/base_{seed}/final"]
-    call("train_grpo.py", *words, f"run.seed={seed}", "eval.every=0", folder=root / name, threads=threads)
-    evaluate(root, name, seed, threads)
+    if not (root / name / "final").is_dir():
+        call("train_grpo.py", *words, f"run.seed={seed}", "eval.every=0", folder=root / name, threads=threads)
+    if not (root / f"eval_{name}" / "metrics.json").is_file():
+        evaluate(root, name, seed, threads)
 
 
 def slug(variant: str) -> str:
@@ -66,12 +67,20 @@ def miou(root: Path, name: str) -> float:
 
 
 def figures(root: Path, variant: str, seed: int) -> dict[str, float]:
-    """One run's row: reward, length and clipped share over its last steps, seconds per step, mIoU on the test."""
+    """One run's row: reward (without a penalty) and length of its last steps, the others over all steps; test mIoU."""
     name = f"{slug(variant)}_{seed}"
     rows = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-    mean = {k: statistics.mean(row[k] for row in rows[-LAST:]) for k in ("reward/total", "length/mean", "clip_frac")}
-    seconds = statistics.median(row["time/step"] for row in rows)
-    return {"miou": miou(root, name), "gain": miou(root, name) - miou(root, f"base_{seed}"), "seconds": seconds} | mean
+    mean = {
+        key: statistics.mean(row[key] for row in rows[-LAST:]) for key in ("reward/format", "reward/iou", "length/mean")
+    }
+    reward = (mean["reward/format"] + mean["reward/iou"]) / 2
+    return {
+        "reward": reward,
+        "length": mean["length/mean"],
+        "clip_frac": statistics.mean(row["clip_frac"] for row in rows if "clip_frac" in row),
+        "seconds": statistics.median(row["time/step"] for row in rows),
+        "miou": miou(root, name),
+    }
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -81,18 +90,18 @@ def spread(values: list[float], digits: int) -> str:
 
 def table(root: Path, seeds: list[int]) -> tuple[str, dict]:
     lines = [
-        "| | reward | test mIoU | gain over the base | length | clipped (%) | seconds per step |",
+        "| | reward | test mIoU | against the first row | length | clipped (%) | seconds per step |",
         "|---|---|---|---|---|---|---|",
     ]
-    results = {}
-    for variant in VARIANTS:
-        runs = [figures(root, variant, seed) for seed in seeds]
-        results[variant] = runs
+    results = {variant: [figures(root, variant, seed) for seed in seeds] for variant in VARIANTS}
+    first = next(iter(results.values()))
+    for variant, runs in results.items():
         column = {key: [run[key] for run in runs] for key in runs[0]}
+        paired = [run["miou"] - other["miou"] for run, other in zip(runs, first, strict=True)]
         lines.append(
-            f"| {variant} | {spread(column['reward/total'], 3)} | {spread(column['miou'], 1)} "
-            f"| {spread(column['gain'], 1)} | {spread(column['length/mean'], 1)} "
-            f"| {100 * statistics.mean(column['clip_frac']):.2f} | {statistics.mean(column['seconds']):.2f} |"
+            f"| {variant} | {spread(column['reward'], 3)} | {spread(column['miou'], 1)} | {spread(paired, 1)} "
+            f"| {spread(column['length'], 1)} | {100 * statistics.mean(column['clip_frac']):.1f} "
+            f"| {statistics.mean(column['seconds']):.2f} |"
         )
     return "\n".join(lines), results
 

@@ -164,6 +164,13 @@ def test_a_wrong_type_is_named(tmp_path, key, value, reason):
         assert message.startswith(f"{source}: {key}") and message.endswith(reason), message
 
 
+def test_weights_of_zero_are_fine_beside_reward_functions(tmp_path):
+    no_parts = ["rewards.tvg={format: 0, iou: 0}", "rewards.functions={a/b.py:f: 0.5}"]
+    cfg = load(GrpoConfig, [], no_parts)
+    assert cfg.rewards.functions == {"a/b.py:f": 0.5}
+    assert load(GrpoConfig, [write(tmp_path / "again.yaml", to_yaml(cfg))]) == cfg
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -177,6 +184,23 @@ def test_a_wrong_type_is_named(tmp_path, key, value, reason):
         (["rollout.temperature=0"], "rollout.temperature must be above 0, got 0.0"),
         (["rewards.gqa.iou=-0.1"], "rewards.gqa: weights must be >= 0 and not all 0, got (0.2, 0.4, -0.1)"),
         (["rewards.tvg.iou=0", "rewards.tvg.format=0"], "rewards.tvg: weights must be >= 0 and not all 0"),
+        (["rewards.functions=[a.py:f]"], "override 'rewards.functions=[a.py:f]': rewards.functions must be a mapping"),
+        (
+            ["rewards.functions={a.py:f: much}"],
+            "override 'rewards.functions={a.py:f: much}': rewards.functions[a.py:f]",
+        ),
+        (["loss.kl=k4"], "override 'loss.kl=k4': loss.kl must be one of k1, k2, k3, got 'k4'"),
+        (["loss.updates_per_rollout=0"], "loss.updates_per_rollout must be above 0, got 0"),
+        (["loss.overlong_buffer=0"], "loss.overlong_buffer must be above 0, got 0.0"),
+        (["loss.overlong_buffer=1.5"], "loss.overlong_buffer must be at most 1, got 1.5"),
+        (["loss.clip_low=-1"], "loss.clip_low must be at least 0, got -1.0"),
+        (["loss.beta=-0.1"], "loss.beta must be at least 0, got -0.1"),
+        (["rewards.mcqa={format: 0, answer: 0, iou: 1}"], "rewards.mcqa.iou must be 0: the task has no such part"),
+        (["group.max_refills=-1"], "group.max_refills must be at least 0, got -1"),
+        (["model.lora_rank=-1"], "model.lora_rank must be at least 0, got -1"),
+        (["model.lora_rank=4", "model.freeze_vision=false"], "model.lora_rank trains adapters only"),
+        (["model.lora_rank=4", "optim.muon_lr=0.1"], "optim.muon_lr is for training from scratch"),
+        (["model.lora_merger=true"], "model.lora_merger=true needs model.lora_rank above 0"),
     ],
 )
 def test_values_out_of_range_are_named(overrides, reason):

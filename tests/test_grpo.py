@@ -471,16 +471,23 @@ def test_group_stats_by_hand():
     rewards = torch.tensor(
         [[1, 1, 1], [0, 0, 0], [0.5, 0.5, 0.5], [0, 1, 0], [0.9995, 0.9995, 0.9995], [0.2, 0.2, 0.2003]]
     )
-    expected = {"num_groups": 6.0, "num_mixed": 2.0, "num_all_good": 2.0, "num_all_bad": 1.0}
+    expected = {"mixed": 2.0, "all_good": 2.0, "all_bad": 1.0}
     assert group_stats(rewards) == expected
-    assert group_stats(rewards[5:], tolerance=1e-3)["num_mixed"] == 0  # its standard deviation is 1.7e-4
-    assert group_stats(rewards, good=0.5) == expected | {"num_all_good": 3.0, "num_all_bad": 2.0}
+    assert group_stats(rewards[5:], tolerance=1e-3)["mixed"] == 0  # its standard deviation is 1.7e-4
+    assert group_stats(rewards, good=0.5) == expected | {"all_good": 3.0, "all_bad": 2.0}
+
+
+def test_group_stats_judge_dead_groups_by_how_right_they_are():
+    """Well formed and all wrong earns 0.5 each: no signal, and all bad. A mixed group is neither."""
+    rewards = torch.tensor([[0.5, 0.5], [1.0, 1.0], [0.5, 0.5], [0.5, 1.0]])
+    right = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.3, 0.3], [0.0, 0.0]])
+    assert group_stats(rewards, right) == {"mixed": 1.0, "all_good": 1.0, "all_bad": 1.0}
 
 
 def test_group_stats_do_not_take_rounding_for_a_signal():
     rewards = torch.rand(500, 1, generator=torch.Generator().manual_seed(0)).repeat(1, 8)
-    assert group_stats(rewards)["num_mixed"] == 0
-    assert all(group_stats(group)["num_mixed"] == 0 for group in rewards[:, None])  # rounds differently alone
+    assert group_stats(rewards)["mixed"] == 0
+    assert all(group_stats(group)["mixed"] == 0 for group in rewards[:, None])  # rounds differently alone
 
 
 # ---- mask ----------------------------------------------------------------------------------------------------------

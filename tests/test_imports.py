@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "grpo", "run"}
+CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "reward_functions", "grpo"}
+CORE |= {"run"}
 MAY_IMPORT = {
     "train_grpo": CORE | {"eval", "plan"},
     "train_sft": {"config", "data", "records", "prompts", "loader", "policy", "rewards", "run", "eval"},
@@ -21,6 +22,7 @@ MAY_IMPORT = {
     "tiny": {"data", "video"},
     "config": set(),
     "rewards": set(),
+    "reward_functions": {"rewards"},
     "grpo": set(),
     "run": set(),
     "data": {"records", "manifest"},

@@ -1,6 +1,5 @@
-"""Rewards: overlaps by hand, parser tables, what must not pay, TRL's functions, any text; no model and no video."""
+"""Rewards: overlaps by hand, parser tables, what must not pay, any text; no model and no video."""
 
-import dataclasses
 import itertools
 import json
 import math
@@ -10,7 +9,6 @@ import time
 from functools import cache
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +18,7 @@ from data import read_samples
 from records import Sample
 
 OPTIONS = ["a dog", "a cat", "two birds", "nobody"]
+THINK = "<think>I look.</think>"
 OVERLAPS = ["iou", "timestamp_iou", "distance_iou"]
 
 
@@ -38,7 +37,7 @@ def sample(task: str, **fields) -> Sample:
 
 
 def thought(answer: str) -> str:
-    return f"<think>I look.</think><answer>{answer}</answer>"
+    return f"{THINK}<answer>{answer}</answer>"
 
 
 # ---- overlaps --------------------------------------------------------------------------------------------------------
@@ -152,7 +151,8 @@ def test_timestamp_iou_is_the_iou_and_a_penalty(pred, truth, more):
     value, iou = rewards.timestamp_iou(pred, truth, duration), rewards.temporal_iou(pred, truth)
     assert 0 <= value <= iou
     assert value == rewards.timestamp_iou(truth, pred, duration)
-    assert (value == 1) <= (covered(pred) == covered(truth) != [])
+    if value == 1:
+        assert covered(pred) == covered(truth)
     assert rewards.timestamp_iou(pred, truth, None) <= value + 1e-12  # a longer video forgives more
     if pred and truth and rewards._hull(pred) == rewards._hull(truth):
         assert value == pytest.approx(iou)
@@ -164,7 +164,8 @@ def test_distance_iou_is_the_iou_and_a_distance(pred, truth):
     value, iou = rewards.distance_iou(pred, truth), rewards.temporal_iou(pred, truth)
     assert 0 <= value <= (1 + iou) / 2
     assert value == rewards.distance_iou(truth, pred)
-    assert (value == 1) <= (covered(pred) == covered(truth) != [])
+    if value == 1:
+        assert covered(pred) == covered(truth)
     if iou == 0 and len(pred) == len(truth) == 1 and pred[0][0] < pred[0][1] and truth[0][0] < truth[0][1]:
         assert value <= 3 / 8
 
@@ -412,7 +413,6 @@ def spanned(start: str, end: str) -> str:
     return f'<answer>{{"start_time": "{start}", "end_time": "{end}"}}</answer>'
 
 
-THINK = "<think>I look.</think>"
 PAID = {
     "what should pay": (THINK + spanned("4.0", "8.0"), 1, 1),
     "well-formed nonsense": (THINK + spanned("1.2.3", "..."), 0.5, 0),
@@ -467,14 +467,14 @@ def test_an_answer_that_says_several_things_pays_nothing(task, answer):
 
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_enumerating_segments_pays_no_more_than_the_whole_video(overlap):
-    """Tiles, points and repeats, for every truth of whole seconds: no blind list beats its own hull as one span."""
+    """Blind lists, in sum over every truth of whole seconds."""
     lists = {
         "tiles": [(n, n + 1) for n in range(20)],
         "loose tiles": [(n, n + 0.9) for n in range(20)],
         "every other tile": [(n, n + 1) for n in range(0, 20, 2)],
         "points": [(n, n) for n in range(21)],
         "ends": [(0, 0), (20, 20)],
-        "the middle and the ends": [(0, 0), (5, 15), (20, 20)],
+        "tile and ends": [(0, 0), (5, 6), (20, 20)],
         "repeated": [(0, 20)] * 100,
     }
     paid = dict.fromkeys(["whole", *lists], 0.0)
@@ -483,9 +483,7 @@ def test_enumerating_segments_pays_no_more_than_the_whole_video(overlap):
         for name, segments in {"whole": [(0, 20)], **lists}.items():
             answer = thought(", ".join(f"{a} to {b}" for a, b in segments))
             paid[name] += rewards.score(answer, row, config(overlap=overlap)).total
-    for name in lists:
-        if overlap == "distance_iou" or name != "the middle and the ends":  # whose IoU is honestly the better guess
-            assert paid[name] <= paid["whole"] + 1e-9, name
+    assert {name for name in lists if paid[name] > paid["whole"] + 1e-9} == set()
 
 
 def test_the_right_answer_inside_the_thinking_does_not_count_even_without_the_gate():
@@ -598,78 +596,63 @@ TIMES = ["3", "7.5", "-3", "1e309", "nan", "inf", "1.2.3", "12:61", "0:03", "1:0
 WORDS = ["B", "(b)", "A. ", "a cat", "C or D", " to ", "-", "–", ",", ";", " and ", "8 to 4", "3 to 7", "\n", "\\"]
 ODD = ["\ud800", "\x00", "\u200b", "\u2028", "İ", "ß", "🎥", "\u202e", "é"]
 UNITS = TAGS + JSON + TIMES + WORDS + ODD + [" ", "  ,", ".", "1:", "3 to 7, ", "3 - ", "9.", '{"answer":', "[[1, 2], "]
-LENGTHS = [10, 100, 1000, 3900, 20_000, 100_000]  # characters; on either side of the answer's limit
-WRAPS = [
-    "{}",
-    "<answer>{}</answer>",
-    "<think>I look.</think><answer>{}</answer>",
-    "<think>{}</think><answer>B</answer>",
-]
-WRAPS += [
-    "<think>I look.</think><answer>3 to 7{}</answer>",
-    "<think><answer>B, 4 to 8</answer></think>{}",
-    "```json\n{}\n```",
-]
-AWKWARD = [["3 to 7", "4 to 8", "[4, 8]", "B"], ["B", "A", "", "A, 4 to 8"], ['{"answer": "C"}', "b.", "B", "```"]]
+LENGTHS = [10] * 4 + [100] * 4 + [1000] * 2 + [3900] * 2 + [20_000, 100_000]  # on either side of the answer's limit
+WRAPS = ["{}", "<answer>{}</answer>", THINK + "<answer>{}</answer>", THINK + "<answer>3 to 7{}</answer>"]
+WRAPS += ["<think>{}</think><answer>B</answer>", "<think><answer>B</answer></think>{}", "```json\n{}\n```"]
+AWKWARD = ["3 to 7", "4 to 8", "[4, 8]", "B", "A", "", "A, 4 to 8", '{"answer": "C"}', "b.", "```"]
 ROWS = [
-    *(sample(task) for task in rewards.PARTS),
-    *(sample(task, options=options) for task in ("mcqa", "gqa") for options in AWKWARD),
+    *(sample(task, options=options) for task in rewards.PARTS for options in (OPTIONS, AWKWARD)),
     sample("tvg", duration=None, segments=[(0.0, 2.5), (6.0, 7.0)]),
 ]
-SETTINGS = list(itertools.product((True, False), OVERLAPS))  # think, overlap
+ASKED = [
+    (row, config(think, overlap=overlap))
+    for row, think, overlap in itertools.product(ROWS, (True, False), OVERLAPS)
+    if row.task != "mcqa" or overlap == "iou"
+]
 
-pieces = st.lists(st.one_of(st.sampled_from(UNITS), st.text(max_size=5)), max_size=40).map("".join)
+pieces = st.lists(st.one_of(st.sampled_from(UNITS), st.text(max_size=5)), max_size=25).map("".join)
 repeats = st.builds(lambda unit, num: unit * (num // len(unit) + 1), st.sampled_from(UNITS), st.sampled_from(LENGTHS))
 bodies = st.one_of(pieces, pieces, pieces, st.text(), repeats, st.builds("{}{}{}".format, pieces, repeats, pieces))
 outputs = st.builds(lambda wrap, body: wrap.replace("{}", body), st.sampled_from(WRAPS), bodies)
 
 
 def random_output(rng: random.Random) -> str:
-    """One string of the grammar of `outputs`, about as often each kind, without hypothesis."""
+    """One string of the grammar of `outputs`, without hypothesis."""
 
-    def some() -> str:
-        return "".join(
-            rng.choice(UNITS) if rng.random() < 0.8 else chr(rng.randrange(0x11000)) for _ in range(rng.randrange(40))
-        )
+    def few() -> str:
+        num, odd = rng.randrange(25), chr(rng.randrange(0x11000))
+        return "".join(rng.choices([*UNITS, odd], k=num))
 
-    def repeat() -> str:
+    def run() -> str:
         unit = rng.choice(UNITS)
         return unit * (rng.choice(LENGTHS) // len(unit) + 1)
 
-    body = rng.choice([some, some, some, some, repeat, lambda: some() + repeat() + some()])()
+    body = rng.choice([few, few, few, few, run, lambda: few() + run() + few()])()
     return rng.choice(WRAPS).replace("{}", body)
 
 
 def check_any(text: str) -> tuple[float, int]:
-    """Score one text for every row, layout and overlap; returns the seconds and the number of scores."""
-    start, num = time.perf_counter(), 0
-    results = []
-    for row in ROWS:
-        for think, overlap in SETTINGS if row.task != "mcqa" else SETTINGS[::3]:
-            results.append((row, rewards.score(text, row, config(think, overlap=overlap))))
-    seconds = time.perf_counter() - start
-    for row, reward in results:
+    """Score one text for every row, layout and overlap; returns the seconds of CPU and the number of scores."""
+    start = time.process_time()
+    results = [rewards.score(text, row, cfg) for row, cfg in ASKED]
+    seconds = time.process_time() - start
+    for (row, _), reward in zip(ASKED, results):
         assert tuple(reward.parts) == rewards.PARTS[row.task]
         assert all(math.isfinite(x) and 0 <= x <= 1 for x in (reward.total, *reward.parts.values()))
-        num += 1
-    return seconds, num
+    return seconds, len(results)
 
 
 def report(name: str, times: list[tuple[float, int]], capsys) -> None:
-    total_s, num = map(sum, zip(*times))
-    slowest_ms = 1000 * max(seconds / count for seconds, count in times)
+    mean_ms = 1000 * sum(seconds for seconds, _ in times) / sum(num for _, num in times)
+    worst_ms = 1000 * max(seconds / num for seconds, num in times)
     with capsys.disabled():
-        print(
-            f"\n{name}: {len(times)} strings, {num} scores, {1000 * total_s / num:.4f} ms each, {slowest_ms:.2f} worst"
-        )
+        print(f"\n{name}: {len(times)} strings, {mean_ms:.3f} ms of CPU per score, {worst_ms:.1f} ms for the worst")
 
 
 def test_any_text_gives_finite_numbers_between_0_and_1(capsys):
     times = []
 
-    @settings(
-        max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-    )
+    @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(outputs)
     @example("[" * 3000)
     @example(thought("[" * 3900))
@@ -693,13 +676,15 @@ def test_any_text_without_the_gate(text, task, think):
     assert all(math.isfinite(x) and 0 <= x <= 1 for x in (reward.total, *reward.parts.values()))
 
 
+@pytest.mark.parametrize("num_chars", [3900, 100_000])
 @pytest.mark.parametrize("unit", UNITS)
-def test_time_grows_with_the_length_at_most(unit):
-    """A run of any unit, nested, unclosed and repeated: 100,000 characters of it take less than 50 ms a score."""
-    text = unit * (100_000 // len(unit))
-    for whole in (text, f"<answer>{text}</answer>", thought(text), f"<think>{text}</think><answer>B</answer>"):
-        seconds, num = check_any(whole)
-        assert seconds / num < 0.05
+def test_long_runs_of_anything_take_little_time(unit, num_chars):
+    """Nested, unclosed and repeated, on either side of the answer's length limit: no quadratic parser."""
+    text = unit * (num_chars // len(unit))
+    for wrap, task in itertools.product(WRAPS, rewards.PARTS):
+        start = time.process_time()
+        assert 0 <= rewards.score(wrap.replace("{}", text), sample(task), config()).total <= 1
+        assert time.process_time() - start < 0.1
 
 
 def test_an_answer_past_the_length_limit_is_malformed():
@@ -707,250 +692,3 @@ def test_an_answer_past_the_length_limit_is_malformed():
     assert len(rewards.segments_from(many)) == 400
     assert rewards.segments_from(many + ", " + many) == []
     assert rewards.choice_from("B" + " " * rewards.MAX_ANSWER_CHARS, OPTIONS) is None
-
-
-# ---- reward functions in TRL's form ----------------------------------------------------------------------------------
-
-FUNCTIONS = '''
-import asyncio
-
-calls = []
-
-
-def brief(completions, completion_ids, **kwargs):
-    """Fewer tokens are better, one point each."""
-    calls.append((completions, completion_ids, kwargs))
-    return [10.0 - len(ids) for ids in completion_ids]
-
-
-def polite(prompts, completions, **kwargs):
-    """Conversational: every prompt and completion is a list of messages."""
-    assert all(prompt[0]["role"] == "user" for prompt in prompts)
-    return [1.0 if "please" in completion[0]["content"] else 0.0 for completion in completions]
-
-
-def choices_only(completions, task, answer, **kwargs):
-    """A batch of mixed tasks: None where there is nothing to say."""
-    return [float(letter in text) if t == "mcqa" else None for text, t, letter in zip(completions, task, answer)]
-
-
-def reference(completions, ground_truth, **kwargs):
-    """A column of the data set; rows without it have None."""
-    return [None if truth is None else truth in text for text, truth in zip(completions, ground_truth)]
-
-
-def curriculum(completions, trainer_state, log_metric=None, **kwargs):
-    share = trainer_state.global_step / trainer_state.max_steps
-    if log_metric:
-        log_metric("share", share)
-    return [share] * len(completions)
-
-
-loops = []
-
-
-async def judged(completions, **kwargs):
-    await asyncio.sleep(0)
-    loops.append(asyncio.get_running_loop())
-    return await asyncio.gather(*(asyncio.sleep(0, float(len(text))) for text in completions))
-'''
-BATCH = [
-    sample("tvg", id="t", extra={"ground_truth": "dog"}),
-    sample("mcqa", id="m", question="Which?", extra={"level": 3}),
-    sample("gqa", id="g", type="causal"),
-]
-TEXTS = [thought("4 to 8"), thought("please B"), thought("B, 4 to 8")]
-IDS = [[1, 2], [3], [4, 5, 6]]
-
-
-@pytest.fixture
-def trl(tmp_path):
-    """A reward file under a folder and a name with dots, and the configuration that names functions of it."""
-    path = tmp_path / "my.rewards" / "v1.2.py"
-    path.parent.mkdir()
-    path.write_text(FUNCTIONS)
-
-    def cfg_of(*names: str, **more) -> GrpoConfig:
-        weights = ", ".join(f"{path}:{name}: 0.5" for name in names)
-        overrides = [f"rewards.{key}={str(value).lower()}" for key, value in more.items()]
-        return load(GrpoConfig, [], [f"rewards.functions={{{weights}}}", "run.steps=40", *overrides])
-
-    return path, cfg_of
-
-
-def run_all(cfg: GrpoConfig, texts=TEXTS, batch=BATCH, ids=IDS, step=10) -> list[rewards.Reward]:
-    return rewards.score_all(texts, batch, cfg, rewards.load_functions(cfg.rewards.functions), ids, step)
-
-
-def test_without_functions_score_all_is_score():
-    assert run_all(config()) == [rewards.score(text, row, config()) for text, row in zip(TEXTS, BATCH)]
-    assert rewards.score_all([], [], config(), []) == []
-
-
-def test_the_columns_are_the_fields_of_a_sample():
-    assert {*rewards.COLUMNS, "extra"} == {field.name for field in dataclasses.fields(Sample)}
-
-
-def test_a_function_adds_weight_times_value_and_is_called_once_for_the_batch(trl):
-    path, cfg_of = trl
-    functions = rewards.load_functions(cfg_of("brief").rewards.functions)
-    assert functions == [rewards.RewardFunction("brief", functions[0].call, 0.5)]
-    scored = rewards.score_all(TEXTS, BATCH, cfg_of("brief"), functions, IDS, step=10)
-    for reward, text, row, value in zip(scored, TEXTS, BATCH, (8.0, 9.0, 7.0)):
-        alone = rewards.score(text, row, config())
-        assert reward == rewards.Reward(pytest.approx(alone.total + 0.5 * value), alone.parts | {"brief": value})
-    ((completions, completion_ids, kwargs),) = functions[0].call.__globals__["calls"]
-    assert (completions, completion_ids, kwargs["prompts"]) == (TEXTS, IDS, ["When?", "Which?", "When?"])
-    assert (kwargs["trainer_state"].global_step, kwargs["trainer_state"].max_steps) == (10, 40)
-    assert kwargs["id"] == ["t", "m", "g"] and kwargs["segments"] == [[(4.0, 8.0)]] * 3
-    assert kwargs["ground_truth"] == ["dog", None, None] and kwargs["level"] == [None, 3, None]
-    assert set(kwargs) == {*rewards.COLUMNS, "prompts", "trainer_state", "ground_truth", "level"}
-
-
-def test_messages_none_columns_state_and_async(trl):
-    _, cfg_of = trl
-    polite = run_all(cfg_of("polite", conversational=True))
-    assert [reward.parts["polite"] for reward in polite] == [0, 1, 0]
-    mixed = run_all(cfg_of("choices_only"))
-    assert [reward.parts.get("choices_only") for reward in mixed] == [None, 1, None]
-    assert [mixed[i] for i in (0, 2)] == [rewards.score(TEXTS[i], BATCH[i], config()) for i in (0, 2)]
-    assert [reward.parts.get("reference") for reward in run_all(cfg_of("reference"))] == [0, None, None]
-    assert [reward.parts["curriculum"] for reward in run_all(cfg_of("curriculum"))] == [0.25] * 3
-    both = run_all(cfg_of("judged", "brief"))
-    assert [reward.parts["judged"] for reward in both] == [len(text) for text in TEXTS]
-    assert [reward.parts["brief"] for reward in both] == [8, 9, 7]
-
-
-def test_async_functions_keep_their_event_loop(trl):
-    """As in TRL: a client that a function opened at one step is bound to that step's loop."""
-    _, cfg_of = trl
-    functions = rewards.load_functions(cfg_of("judged").rewards.functions)
-    for step in range(2):
-        rewards.score_all(TEXTS, BATCH, cfg_of("judged"), functions, IDS, step)
-    first, second = functions[0].call.__globals__["loops"]
-    assert first is second
-
-
-def test_only_functions_count_when_the_built_in_weights_are_zero(trl):
-    _, cfg_of = trl
-    scored = run_all(cfg_of("brief", tvg="{format: 0, iou: 0}"))
-    assert scored[0] == rewards.Reward(4.0, {"format": 1, "iou": 1, "brief": 8})
-
-
-def test_functions_from_a_yaml_file(trl, tmp_path):
-    path, _ = trl
-    content = {"rewards": {"functions": {f"{path}:brief": 2, f"{path}:polite": -0.25}, "conversational": True}}
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
-    cfg = load(GrpoConfig, [str(tmp_path / "a.yaml")])
-    loaded = rewards.load_functions(cfg.rewards.functions)
-    assert [(function.name, function.weight) for function in loaded] == [("brief", 2.0), ("polite", -0.25)]
-    assert run_all(cfg)[1].total == pytest.approx(0.5 * 0 + 2 * 9 - 0.25)
-
-
-def test_a_file_is_imported_once(tmp_path):
-    path = tmp_path / "a.py"
-    path.write_text("open(__file__ + '.log', 'a').write('x')\nf = g = lambda completions, **_: [1] * len(completions)")
-    loaded = rewards.load_functions({f"{path}:f": 1, f"{tmp_path}/../{tmp_path.name}/a.py:g": 1})
-    assert (tmp_path / "a.py.log").read_text() == "x" and loaded[0].call is loaded[1].call
-
-
-def test_a_name_that_is_taken_becomes_the_whole_key(tmp_path):
-    source = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass C:\n    x: int\n"
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.py").write_text(
-            source + "def f(completions, **_): return [C(1).x] * len(completions)\niou = f\n"
-        )
-    keys = [f"{tmp_path}/a.py:f", f"{tmp_path}/b.py:f", f"{tmp_path}/a.py:iou", f"{tmp_path}/a.py:C"]
-    names = [function.name for function in rewards.load_functions(dict.fromkeys(keys, 1))]
-    assert names == [*keys[:3], "C"]
-    cfg = load(GrpoConfig, [], [f"rewards.functions={{{keys[0]}: 1, {keys[2]}: 1}}"])
-    assert run_all(cfg)[0].parts == {"format": 1, "iou": 1, "f": 1, keys[2]: 1}
-
-
-@pytest.mark.parametrize(
-    ("key", "reason"),
-    [
-        ("a.py", "'a.py' is not of the form path/to/file.py:function"),
-        ("missing.py:f", "missing.py:f: file not found"),
-        (":f", ":f: file not found"),
-        ("a.py:", "a.py:: the file has no function ''"),
-        ("a.py:absent", "a.py:absent: the file has no function 'absent'"),
-        ("a.py:number", "a.py:number: the file has no function 'number'"),
-        ("syntax.py:f", "syntax.py:f: the file does not import: SyntaxError: "),
-        (
-            "imports.py:f",
-            "imports.py:f: the file does not import: ModuleNotFoundError: No module named 'no_such_module'",
-        ),
-        ("raises.py:f", "raises.py:f: the file does not import: ZeroDivisionError: division by zero"),
-    ],
-)
-def test_a_function_that_cannot_be_loaded_is_named_in_one_line(tmp_path, monkeypatch, key, reason):
-    monkeypatch.chdir(tmp_path)  # paths count from the working directory
-    (tmp_path / "a.py").write_text("number = 3\n")
-    (tmp_path / "syntax.py").write_text("def f(:\n")
-    (tmp_path / "imports.py").write_text("import no_such_module\n")
-    (tmp_path / "raises.py").write_text("1 / 0\n")
-    with pytest.raises(ValueError) as raised:
-        rewards.load_functions({key: 1.0})
-    assert str(raised.value).startswith(f"rewards.functions: {reason}") and "\n" not in str(raised.value)
-
-
-BATCH_OF_3 = "the batch of 3 completions that begins with sample 't'"
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ("raise KeyError('x\\ny')", rf"step 10: KeyError: 'x\\ny', on {BATCH_OF_3}"),
-        ("assert False", f"step 10: AssertionError, on {BATCH_OF_3}"),
-        ("return None", f"step 10: returned NoneType, not a list, for {BATCH_OF_3}"),
-        ("return 1.0", f"step 10: returned float, not a list, for {BATCH_OF_3}"),
-        ("return 'abc'", f"step 10: returned str, not a list, for {BATCH_OF_3}"),
-        ("return {1: 1, 2: 2, 3: 3}", f"step 10: returned dict, not a list, for {BATCH_OF_3}"),
-        ("return (1.0 for _ in completions)", f"step 10: returned generator, not a list, for {BATCH_OF_3}"),
-        ("return numpy.ones((3, 1))", f"step 10: returned ndarray, not a list, for {BATCH_OF_3}"),
-        ("return numpy.float64(1)", f"step 10: returned float64, not a list, for {BATCH_OF_3}"),
-        ("return [1.0]", f"step 10: returned 1 values for {BATCH_OF_3}"),
-        ("return []", f"step 10: returned 0 values for {BATCH_OF_3}"),
-        ("return torch.ones(4)", f"step 10: returned 4 values for {BATCH_OF_3}"),
-        ("return [1.0, 'x', 'y']", "step 10, sample 'm': returned 'x', not a finite number"),
-        ("return [1.0, None, '1']", "step 10, sample 'g': returned '1', not a finite number"),
-        ("return [1.0, [1], 1.0]", "step 10, sample 'm': list is not a number"),
-        ("return [1j, 1.0, 1.0]", "step 10, sample 't': complex is not a number"),
-        ("return [torch.ones(2), 1.0, 1.0]", "step 10, sample 't': Tensor is not a number"),
-        ("return [10**400, 1.0, 1.0]", "step 10, sample 't': int is not a number"),
-        ("return [1.0, 1.0, float('nan')]", "step 10, sample 'g': returned 'nan', not a finite number"),
-        ("return numpy.array([1.0, numpy.inf, 1.0])", "step 10, sample 'm': returned 'inf', not a finite number"),
-    ],
-)
-def test_a_function_that_fails_is_one_error_that_says_where(tmp_path, body, reason):
-    path = tmp_path / "a.py"
-    path.write_text(f"import numpy, torch\ndef f(completions, **kwargs):\n    {body}\n")
-    with pytest.raises(rewards.RewardFunctionError) as raised:
-        run_all(load(GrpoConfig, [], [f"rewards.functions={{{path}:f: 1}}"]))
-    assert str(raised.value) == f"reward function f, {reason}"
-    if "KeyError" in reason or "Assertion" in reason:
-        assert raised.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_filename == str(path)
-
-
-def test_a_signature_that_does_not_fit_and_a_coroutine_that_raises_are_such_errors(tmp_path):
-    path = tmp_path / "a.py"
-    path.write_text("def f(completions): return [1.0] * 3\nasync def g(**kwargs): raise OSError('no answer')\n")
-    for name, reason in (("f", "TypeError: f() got an unexpected keyword argument"), ("g", "OSError: no answer")):
-        with pytest.raises(rewards.RewardFunctionError, match=re.escape(reason)):
-            run_all(load(GrpoConfig, [], [f"rewards.functions={{{path}:{name}: 1}}"]))
-
-
-@pytest.mark.parametrize("values", ["[True, False, None]", "numpy.array([1, 0, 1])", "torch.tensor([1.0, 0.0, 1.0])"])
-def test_what_counts_as_numbers(tmp_path, values):
-    path = tmp_path / "a.py"
-    path.write_text(
-        f"import numpy, torch\ndef f(completions, **kwargs):\n    completions.clear()\n    return {values}\n"
-    )
-    cfg = load(GrpoConfig, [], [f"rewards.functions={{{path}:f: 1}}"])
-    parts = [reward.parts.get("f") for reward in run_all(cfg)]
-    assert parts[:2] == [1.0, 0.0] and all(type(value) is float for value in parts[:2])
-    mixed = "[numpy.float32(0.5), torch.tensor(0.25), numpy.bool_(True)]"
-    path.with_name("b.py").write_text(f"import numpy, torch\ndef f(completions, **kwargs): return {mixed}\n")
-    cfg = load(GrpoConfig, [], [f"rewards.functions={{{path.with_name('b.py')}:f: 1}}"])
-    assert [reward.parts["f"] for reward in run_all(cfg)] == [0.5, 0.25, 1.0]

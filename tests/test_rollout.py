@@ -104,12 +104,14 @@ def test_mask_ends_with_the_first_eos_and_truncation_is_marked(world):
     bias[policy.eos_ids[1]] = 6.0  # pad, one of the two EOS ids, becomes likely
     policy.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
     rollout = sample(policy, prompts, group_size=8)
+    eos = policy.tokenizer.convert_ids_to_tokens(policy.eos_ids)
     is_eos = torch.isin(rollout.tokens_BT, torch.tensor(policy.eos_ids))
     assert rollout.truncated_B.any() and not rollout.truncated_B.all()
     for row, mask, truncated, text in zip(is_eos, rollout.mask_BT, rollout.truncated_B, rollout.texts):
         assert truncated == (not row.any())
         assert mask.sum() == (len(row) if truncated else row.int().argmax() + 1)
-        assert "<|" not in text
+        assert not any(token in text for token in eos)
+    assert any("<|" in text for text in rollout.texts)  # another special token is no secret: it spoils the format
     assert (rollout.logps_BT[~rollout.mask_BT] == 0).all()
 
 

@@ -212,6 +212,16 @@ def test_step_clips_and_reports_the_norm_before(tmp_path):
         assert model.weight.grad is None
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, capsys):
+    run = open_run(tmp_path / "a")
+    model, optimizer = prepared(run)
+    before = model.weight.detach().clone()
+    run.backward(model, [torch.tensor([[torch.inf, 1.0]])], lambda x: model(x).sum())
+    assert not math.isfinite(run.step(model, optimizer, 1.0))
+    assert torch.equal(model.weight, before) and "this update is skipped" in capsys.readouterr().err
+    assert math.isfinite(take_step(run, model, optimizer)) and not torch.equal(model.weight, before)
+
+
 def test_sums_and_maximum_of_one_process_are_its_own(tmp_path):
     run = open_run(tmp_path / "a")
     assert run.sums({"a": 0.1, "b": 2**53}) == {"a": 0.1, "b": 2.0**53}

@@ -33,6 +33,7 @@ from train_grpo import Alarm, Groups, choose_groups
 NO_CLIPPING = "optim.grad_clip=1e9"
 UPDATE = ("loss.beta=0.1", "loss.old_logps=sampled", "loss.clip_high=0.3", "optim.lr=1.0", NO_CLIPPING)
 LOOP = ("optim.lr=0.1", NO_CLIPPING, "run.seed=3")
+SUMS = ("loss", "kl", "clipped", "entropy", "tokens", "gap")
 VARIANTS = {
     "token_mean": (),
     "sequence_mean": ("loss.aggregation=sequence_mean", "loss.entropy=0.01"),
@@ -71,15 +72,16 @@ def update_once(
     raw = make_policy(world, family, freeze_vision=cfg.model.freeze_vision)
     reference = make_policy(world, family, sharpen=2.5).requires_grad_(False)
     whole = recorded_rollout(raw, make_prompts(world, raw, num=4))
-    tokens_N = whole.mask_BT.sum(1).view(4, 4).sum(1)
-    assert 1.2 * tokens_N[:2].sum() < tokens_N[2:].sum() < 3 * tokens_N[:3].sum()
+    tokens_NG = whole.mask_BT.sum(1).view(4, 4)
+    assert 1.2 * tokens_NG[:2].sum() < tokens_NG[2:].sum() < 3 * tokens_NG[:3].sum()
     rollout = whole.take(range(start, stop))
     totals_NG = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
     totals_NG[list(dead)] = 0.7
     optimizer = sgd(raw, cfg.optim)
     policy, prepared = run.accelerator.prepare(raw, optimizer)
     embeds = raw.embed_each(rollout.prompts)
-    groups = Groups(rollout, embeds, [], list(range(start, stop)), totals_NG, tokens_N, num_refills=0)
+    own = list(range(start, stop))
+    groups = Groups(rollout, embeds, [], own, totals_NG, totals_NG, totals_NG, tokens_NG, num_refills=0)
     stats = train_grpo.update(policy, reference, prepared, groups, cfg, run)
     return {"grads": optimizer.grads, "params": [p.detach().clone() for p in raw.parameters()], "stats": stats}
 
@@ -89,7 +91,7 @@ def assert_same_update(ours, theirs):
     for kind in ("grads", "params"):
         for a, b in zip(ours[kind], theirs[kind], strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    for name in ("loss", "kl", "clipped", "entropy", "tokens", "gap", "gap_max", "grad_norm"):
+    for name in (*SUMS, "gap_max", "grad_norm"):
         assert ours["stats"][name] == pytest.approx(theirs["stats"][name], rel=1e-5, abs=1e-6), name
     assert theirs["stats"]["clipped"] > 0 and theirs["stats"]["kl"] > 0
 
@@ -198,7 +200,7 @@ def worker(rank: int, ports: list[int], folder, world, taught) -> None:
         cfg = make_cfg(world, folder, *UPDATE, *overrides, *names)
         run = open_run(cfg)
         result = update_once(world, cfg, run, *((0, split), (split, 4))[rank], dead=dead)
-        sums = {k: v for k, v in result["stats"].items() if k not in ("grad_norm", "gap_max", "trained")}
+        sums = {name: result["stats"][name] for name in SUMS}
         largest = {"gap_max": run.maximum(result["stats"]["gap_max"])}
         results[case] = result | {"stats": result["stats"] | run.sums(sums) | largest}
     try:
@@ -311,20 +313,33 @@ def test_a_step_with_dead_groups_only_moves_nothing(world, tmp_path):
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights_of(tmp_path / "run").items())
 
 
-def groups_of(totals, tokens) -> Groups:
-    return Groups(None, [], [], [], torch.tensor(totals), torch.tensor(tokens), 0)
+def groups_of(totals, earned=None, tokens=None) -> Groups:
+    totals = torch.tensor(totals)
+    earned = totals if earned is None else torch.tensor(earned)
+    tokens = torch.full_like(totals, 2.0) if tokens is None else torch.tensor(tokens)
+    return Groups(None, [], [], [], totals, earned, earned, tokens, 0)
 
 
-def test_a_batch_is_filled_with_mixed_groups_first(world, tmp_path):
+def test_a_batch_is_filled_with_live_groups_first(world, tmp_path):
     """Six sampled, batch of four: the mixed 1, 4 and 5, then the first dead one, 0."""
     totals = [[0.5, 0.5], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.2, 0.4]]
     cfg = make_cfg(world, tmp_path, "rollout.group_size=2", "loss.scale=none")
-    batch, trained, advantages = choose_groups(groups_of(totals, [2] * 6), cfg)
+    batch, trained, advantages = choose_groups(groups_of(totals), cfg)
     assert (batch, trained) == ([1, 4, 5, 0], [1, 4, 5])
     expected = [[0, 0], [-0.5, 0.5], [0, 0], [0, 0], [0.5, -0.5], [-0.1, 0.1]]
     torch.testing.assert_close(advantages, torch.tensor(expected))
     cfg = make_cfg(world, tmp_path, "rollout.group_size=2", "group.skip_dead=false", "group.tolerance=0.2")
-    assert choose_groups(groups_of(totals, [2] * 6), cfg)[:2] == ([1, 4, 0, 2], [1, 4, 0, 2])  # 5: std 0.14
+    assert choose_groups(groups_of(totals), cfg)[:2] == ([1, 4, 0, 2], [1, 4, 0, 2])  # 5: std 0.14
+
+
+def test_groups_that_differ_in_length_alone_or_have_no_tokens_are_dead(world, tmp_path):
+    """Group 0 earns the same but for a penalty; of group 1 every completion is masked; group 2 lives."""
+    totals, earned = [[0.5, 0.2], [0.0, 1.0], [0.0, 1.0]], [[0.5, 0.5], [0.0, 1.0], [0.0, 1.0]]
+    cfg = make_cfg(world, tmp_path, "rollout.group_size=2", "loss.scale=none")
+    groups = groups_of(totals, earned, [[3.0, 3.0], [0.0, 0.0], [0.0, 4.0]])
+    batch, trained, advantages = choose_groups(groups, cfg)
+    assert trained == [2] and batch == [2, 0, 1]
+    torch.testing.assert_close(advantages, torch.tensor([[0.0, 0.0], [0.0, 0.0], [-0.5, 0.5]]))
 
 
 def test_refills_are_other_videos_and_depend_on_nothing_else():
@@ -349,20 +364,25 @@ def test_truncated_completions_can_be_left_out_of_the_loss(world, tmp_path):
         train_grpo.train(cfg)
     keep, mask = (metrics_of(tmp_path / kind) for kind in ("keep", "mask"))
     assert keep[0]["reward/total"] == mask[0]["reward/total"] and keep[0]["frac_truncated"] == 1
-    assert keep[0]["grad_norm"] > 0 and mask[0]["grad_norm"] == 0
+    assert keep[0]["grad_norm"] > 0 and mask[0]["grad_norm"] == mask[0]["group/trained"] == 0
+    start = load_file(world / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights_of(tmp_path / "mask").items())
     assert mask[0]["tokens/completion"] == keep[0]["tokens/completion"] > 0
 
 
-def test_the_penalty_for_overlong_completions_is_part_of_the_reward(world, tmp_path):
-    """At most 4 tokens, buffer of half of it: 3 tokens cost 0.5, 4 tokens 1."""
-    names = ("loss.truncated=penalise", "loss.overlong_buffer=0.5", "rollout.max_new_tokens=4", "run.steps=1")
-    train_grpo.train(make_cfg(world, tmp_path, *names))
+def test_the_penalty_for_overlong_completions_is_part_of_the_reward(world, taught, tmp_path):
+    """At most 12 tokens, buffer of half of it: from 7 tokens on, a sixth of the penalty each."""
+    names = ("loss.truncated=penalise", "loss.overlong_buffer=0.5", "loss.overlong_penalty=0.3", "run.steps=1")
+    train_grpo.train(make_cfg(world, tmp_path, *taught, *names))
     rows = read_jsonl(tmp_path / "run" / "samples.jsonl")
-    penalties = [part["overlong"] for row in rows for part in row["parts"]]
-    assert set(penalties) <= {0.0, -0.5, -1.0} and -1.0 in penalties
+    parts = [part for row in rows for part in row["parts"]]
+    sixths = {round(20 * part["overlong"], 5) for part in parts}
+    assert sixths <= {0.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0} and len(sixths) > 2
+    totals = [reward for row in rows for reward in row["rewards"]]
+    assert totals == pytest.approx([(part["format"] + part["iou"]) / 2 + part["overlong"] for part in parts])
     (metrics,) = metrics_of(tmp_path / "run")
-    assert metrics["reward/overlong"] == pytest.approx(sum(penalties) / len(penalties))
-    assert [reward for row in rows for reward in row["rewards"]] == penalties  # nothing else is earned
+    assert metrics["reward/total"] == pytest.approx(sum(totals) / len(totals))
+    assert metrics["reward/overlong"] == pytest.approx(sum(part["overlong"] for part in parts) / len(parts))
 
 
 def test_warnings_come_after_so_many_steps_in_a_row_and_name_causes():
@@ -376,3 +396,13 @@ def test_warnings_come_after_so_many_steps_in_a_row_and_name_causes():
     alarm = Alarm(1)
     (warning,) = alarm({"group/frac_mixed": 1.0, "frac_truncated": 0.91})
     assert "over 90%" in warning and "EOS" in warning
+
+
+def test_a_sample_that_is_twice_in_a_batch_is_sampled_anew(world, tmp_path):
+    """Three samples, batches of four: the one that comes again has other completions."""
+    entry = f'json_path: {world}/tvg_train.jsonl, data_folder: {world}/videos, sampling_strategy: "first:3"'
+    (tmp_path / "three.yaml").write_text(f"datasets: [{{{entry}}}]\n")
+    train_grpo.train(make_cfg(world, tmp_path, f"data.train={tmp_path}/three.yaml", "run.steps=1"))
+    rows = read_jsonl(tmp_path / "run" / "samples.jsonl")
+    assert len(rows) == 4 and len({row["id"] for row in rows}) == 3
+    assert len({tuple(row["completions"]) for row in rows}) == 4
