@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import failing
@@ -126,12 +127,17 @@ def test_no_process_outlives_the_script(tmp_path, sent):
     """However it ends; and it needs no guard against being imported by its workers, for they do not import it."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT).format(repo=str(REPO), tests=str(REPO / "tests")))
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"imported\n"
-        pids = [int(word) for word in process.stdout.readline().split()]
-        assert len(pids) == 2 and all(map(is_alive, pids))
-        time.sleep(0.3)
-        process.send_signal(sent)
-        _, errors = process.communicate(timeout=30)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may have it ignored
+    with subprocess.Popen([sys.executable, str(script)], preexec_fn=hears, **pipes) as process:
+        try:
+            assert process.stdout.readline() == b"imported\n"
+            pids = [int(word) for word in process.stdout.readline().split()]
+            assert len(pids) == 2 and all(map(is_alive, pids))
+            time.sleep(0.3)
+            process.send_signal(sent)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert wait_for_end(pids) == []
     assert (b"KeyboardInterrupt" in errors) == (sent == signal.SIGINT)
