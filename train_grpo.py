@@ -190,17 +190,15 @@ def update(
     rollout, embeds_of = groups.rollout.take(chosen), [groups.video_embeds[p] for p in chosen]
     completions, mask_BT = rollout.completions, loss_mask(rollout, cfg)
     tokens_NG = groups.tokens_NG[batch]
-    weights_BT = (
-        len(mine)
-        / len(chosen)
-        * token_weights(
-            mask_BT,
-            loss_cfg.aggregation,
-            num_tokens=tokens_NG.sum().item(),
-            num_completions=(tokens_NG > 0).sum().item(),
-            max_tokens=cfg.rollout.max_new_tokens,
-        )
+    weights_BT = token_weights(
+        mask_BT,
+        loss_cfg.aggregation,
+        num_tokens=tokens_NG.sum().item(),
+        num_completions=(tokens_NG > 0).sum().item(),
+        max_tokens=cfg.rollout.max_new_tokens,
     )
+    if not mine:
+        weights_BT.zero_()
     advantages_B = advantages_NG[[groups.own[p] for p in chosen]].flatten().to(raw.device)
     old_of, ref_of, passes = {}, {}, []  # log-probs by micro-batch; sums by pass
 
