@@ -170,6 +170,16 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class AnswerConfig:
+    batch_size: int = 32  # videos per call of generate and process
+    max_new_tokens: int = 2048  # tokens of an answer at most
+    num_answers: int = 1  # answers to each question; of several, metrics are the means, and *_best the best of them
+    temperature: float = 0.0  # of sampling; 0: greedy
+    answer: Literal["tagged", "tagged_or_text"] = "tagged"  # what counts as the answer when there is no answer block
+    unanswered: Literal["wrong", "skip"] = "wrong"  # skip: questions without a usable answer are left out
+
+
+@dataclass(frozen=True)
 class TestDataConfig:
     test: str = "tiny_world/tvg_test.yaml"  # what to evaluate: .yaml, .jsonl or .json, as for training
     out_of_clip: Literal["clamp", "drop", "error"] = "clamp"
@@ -236,10 +246,15 @@ class EvalRunConfig:
     data: TestDataConfig = field(default_factory=TestDataConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: AnswerConfig = field(default_factory=AnswerConfig)
 
     def __post_init__(self):
         _check_data(self.data)
+        for name in ("batch_size", "max_new_tokens", "num_answers"):
+            if getattr(self.eval, name) <= 0:
+                raise ValueError(f"eval.{name} must be above 0, got {getattr(self.eval, name)}")
+        if self.eval.temperature < 0 or (self.eval.num_answers > 1 and not self.eval.temperature):
+            raise ValueError(f"eval.temperature must be above 0 (0: one greedy answer), got {self.eval.temperature}")
 
 
 def _check_data(cfg) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 
 import eval as evaluation
+import metrics
 import tiny
 import train_grpo
 import train_sft
@@ -89,8 +90,8 @@ def evaluate_all(root: Path, models: dict[str, Path]) -> None:
 def values(root: Path, name: str, column: str) -> dict[str, float]:
     """Per-sample values (percent) of one column of the table."""
     folder, task, metric = COLUMNS[column]
-    rows = evaluation.read_rows(root / folder.format(name) / "predictions.jsonl")
-    return {row["id"]: 100 * evaluation.sample_values(row)[metric] for row in rows if row["task"] == task}
+    rows = metrics.read_rows(root / folder.format(name) / "predictions.jsonl")
+    return {row["id"]: 100 * metrics.sample_values(row)[metric] for row in rows if row["task"] == task}
 
 
 def paired(root: Path) -> dict[str, dict[str, list[float]]]:
@@ -100,7 +101,7 @@ def paired(root: Path) -> dict[str, dict[str, list[float]]]:
         result[pair] = {}
         for column in COLUMNS:
             left, right = values(root, a, column), values(root, b, column)
-            difference = evaluation.paired_interval(list(left.values()), [right[i] for i in left])
+            difference = metrics.paired_interval(list(left.values()), [right[i] for i in left])
             result[pair][column] = [round(x, 2) for x in difference]
     return result
 

@@ -42,7 +42,13 @@ PACKAGES = (
     "numpy",
     "tokenizers",
 )
-UNUSED = {"config.yaml", "env.json", "logs"}  # all that a run leaves which failed before its first step
+UNUSED = {
+    "config.yaml",
+    "env.json",
+    "config.yaml.tmp",
+    "env.json.tmp",
+    "logs",
+}  # all that a run leaves which failed before its first step
 MAY_CHANGE = {"run.steps", "data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one resume to the next
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -71,7 +77,10 @@ def check_precision(cfg) -> None:
 
 
 class Run:
-    """The folder of one run, and the processes that share it."""
+    """The folder of one run, and the processes that share it.
+
+    `keep` is how many checkpoints stay; 0: there are none, and resuming finds what is done by itself.
+    """
 
     def __init__(self, dir: str, config_yaml: str, seed: int, tracker: str, resume: bool, keep: int):
         self.dir, self.keep = Path(dir), keep
@@ -87,7 +96,7 @@ class Run:
             raise ValueError("ZeRO-3 is not supported yet: sampling would run on sharded weights; use zero2.yaml")
         self.checkpoint: Path | None = None
         self.start_step, self.state = 0, {}
-        self._raise_together(lambda: self._open(config_yaml, resume))
+        self.raise_together(lambda: self._open(config_yaml, resume))
         self.checkpoint, self.start_step, self.state = self._broadcast((self.checkpoint, self.start_step, self.state))
         set_seed(seed)
         if tracker != "none":
@@ -102,7 +111,7 @@ class Run:
         broadcast_object_list(box)
         return box[0]
 
-    def _raise_together(self, action: Callable[[], None]) -> None:
+    def raise_together(self, action: Callable[[], None]) -> None:
         """Run `action` on the main process; what it raises is raised on all."""
         error = None
         if self.is_main:
@@ -115,8 +124,11 @@ class Run:
             raise error
 
     def _open(self, config_yaml: str, resume: bool) -> None:
+        if resume and self.keep == 0 and not (self.dir / "config.yaml").is_file():
+            resume = False  # stopped before it began
         if resume:
             self._check_same_config(config_yaml)
+        if resume and self.keep:
             self.checkpoint = newest_checkpoint(self.dir)
             if self.checkpoint is None:
                 raise ValueError(f"--resume: no complete checkpoint in {self.dir / 'checkpoints'}")
@@ -124,12 +136,12 @@ class Run:
             self.start_step, self.state = saved["step"], saved["state"]
             for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl"):
                 cut_back(self.dir / name, self.start_step)
-        elif self.dir.exists() and {path.name for path in self.dir.iterdir()} - UNUSED:
+        elif not resume and self.dir.exists() and {path.name for path in self.dir.iterdir()} - UNUSED:
             raise FileExistsError(f"run.dir {self.dir} exists; give --resume to go on, or another run.dir")
-        else:
+        elif not resume:
             self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.yaml").write_text(config_yaml)
-            (self.dir / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+            write_text(self.dir / "env.json", json.dumps(environment(), indent=2) + "\n")
+            write_text(self.dir / "config.yaml", config_yaml)
 
     def _check_same_config(self, config_yaml: str) -> None:
         path = self.dir / "config.yaml"
@@ -140,7 +152,7 @@ class Run:
         if differing:
             pairs = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differing)
             raise ValueError(f"--resume: {path} differs in {pairs}")
-        path.write_text(config_yaml)
+        write_text(path, config_yaml)
 
     def prepare(self, model, optimizer, grad_clip: float):
         """Model and optimizer for the engine at hand, back at the checkpoint when resuming."""
@@ -376,6 +388,13 @@ def cut_back(path: Path, step: int) -> None:
         if row["step"] <= step:
             kept.append(line + b"\n")
     path.write_bytes(b"".join(kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that it is never seen half-written."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def environment() -> dict:

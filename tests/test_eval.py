@@ -1,290 +1,292 @@
-"""Metrics: hand-computed numbers, published tables, intervals and error messages; no model runs here."""
+"""Evaluation runs: stopped and gone on with, several answers, several processes, and the comparison of results."""
 
-import csv
 import json
-import math
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from conftest import REPO, read_jsonl
 
 import eval as evaluation
-
-ANNOTATIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "annotations"
-needs_annotations = pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason=f"no {ANNOTATIONS}")
+import metrics
 
 
-def tvg(pred, truth=((4, 8),), **fields):
-    return {"id": "x", "task": "tvg", "pred_segments": pred, "segments": truth, "duration": 20.0} | fields
+def args_of(world, folder, *overrides, model=None):
+    """Command-line words of a short evaluation of three tasks; `folder` is its run folder."""
+    words = [f"model.path={model or world / 'model'}", f"data.test={world}/mix_test.yaml", "data.cache_dir="]
+    words += [f"run.dir={folder}", "prompt.think=false", "prompt.system_plain=", "eval.max_new_tokens=4"]
+    return ["run", *words, "eval.batch_size=4", "data.workers=0", *overrides]
 
 
-def gqa(choice, pred, truth=((4, 8),), **fields):
-    row = {
-        "id": "x",
-        "task": "gqa",
-        "pred_choice": choice,
-        "pred_segments": pred,
-        "answer": "B",
-        "segments": truth,
-    }
-    return row | {"duration": 20.0} | fields
+def ids_of(path):
+    return [row["id"] for row in read_jsonl(path)]
 
 
-def numbered(rows):
-    return [row | {"id": f"row/{index}"} for index, row in enumerate(rows)]
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """The folder of an evaluation that nothing stopped."""
+    folder = tmp_path_factory.mktemp("eval") / "whole"
+    evaluation.main(args_of(world, folder))
+    return folder
 
 
-def test_grounding_by_hand():
-    rows = [tvg([[4, 8]]), tvg([[4, 6]]), tvg([[0, 1], [4, 8]]), tvg([])]  # IoU 1, 0.5, 0 and 0
-    metrics = evaluation.score_predictions(numbered(rows))["tasks"]["tvg"]
-    expected = {"n": 4, "miou": 37.5, "r1@0.3": 50, "r1@0.5": 50, "r1@0.7": 25, "parse_fail": 25}
-    assert {name: metrics[name] for name in expected} == expected
-    assert metrics["miou_set"] == pytest.approx(100 * (1 + 0.5 + 4 / 5 + 0) / 4)  # the third: 4 s of 5 s
-    assert {f"{name}_ci95" for name in [*expected, "miou_set"] if name != "n"} <= set(metrics)
+# ---- stopping and going on -----------------------------------------------------------------------------------------
 
 
-def test_the_first_segment_meets_the_best_truth_for_iou_and_iop_apart():
-    values = evaluation.sample_values(gqa("B", [[0, 10], [50, 60]], truth=[[0, 2], [6, 20]]))
-    assert values["miou"] == pytest.approx(4 / 20)  # against [0, 2] 2 / 10, against [6, 20] 4 / 20
-    assert values["miop"] == pytest.approx(4 / 10)
-    assert values["miou_set"] == pytest.approx(6 / 30)  # 6 s of [0, 20] and [50, 60]
-    assert values["miop_set"] == pytest.approx(6 / 20)
-    apart = evaluation.sample_values(gqa("B", [[0, 10]], truth=[[8, 12], [0, 100]]))
-    assert apart["miou"] == pytest.approx(2 / 12)  # [0, 100] gives 0.1
-    assert apart["miop"] == 1  # [8, 12] gives 0.2
+def stop_after(monkeypatch, num):
+    """Let `num` batches be answered and written, then fail while the next one's line is half-written."""
+    add, done = evaluation.Answered.add, []
+
+    def failing(self, number, rows):
+        if len(done) == num:
+            with open(self.path, "ab") as file:
+                file.write(b'{"batch": %d, "rows": [{"id": "\xc3' % number)
+            raise KeyboardInterrupt
+        done.append(number)
+        add(self, number, rows)
+
+    monkeypatch.setattr(evaluation.Answered, "add", failing)
 
 
-def test_grounded_qa_by_hand():
-    rows = [gqa("B", [[4, 6]]), gqa("A", [[4, 6]]), gqa("B", [[0, 20]]), gqa("B", []), gqa(None, [[6, 6]])]
-    metrics = evaluation.score_predictions(numbered(rows))["tasks"]["gqa"]
-    expected = {
-        "n": 5,
-        "accuracy": 60,
-        "acc_gqa": 20,
-        "iop@0.3": 60,
-        "iop@0.5": 60,
-        "iou@0.3": 40,
-        "iou@0.5": 40,
-    }
-    assert {name: metrics[name] for name in expected} == expected
-    assert metrics["miop"] == pytest.approx(100 * (1 + 1 + 0.2 + 0 + 1) / 5)  # the last has no length, inside
-    assert metrics["miou"] == pytest.approx(100 * (0.5 + 0.5 + 0.2 + 0 + 0) / 5)
-    assert metrics["parse_fail"] == 40
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_gone_on_with_is_uninterrupted(world, whole, tmp_path, monkeypatch, num):
+    """A torn line is cut off and its batch answered again; nothing is lost or repeated, in the order of the data."""
+    with monkeypatch.context() as patched:
+        stop_after(patched, num)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main(args_of(world, tmp_path / "parts"))
+    assert not (tmp_path / "parts" / "predictions.jsonl").exists()
+    evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+    left = [(folder / "predictions.jsonl").read_bytes() for folder in (whole, tmp_path / "parts")]
+    assert left[0] == left[1]
+    found = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, tmp_path / "parts")]
+    assert found[0] == found[1]
+    assert not list((tmp_path / "parts").glob("answers.*"))
 
 
-def test_multiple_choice_and_types():
-    rows = [
-        {"task": "mcqa", "pred_choice": choice, "answer": "B", "type": kind}
-        for choice, kind in (("B", "CW"), ("A", "CW"), (None, "TN"))
-    ]
-    result = evaluation.score_predictions(numbered(rows))
-    assert result["tasks"]["mcqa"]["accuracy"] == pytest.approx(100 / 3)
-    assert result["tasks"]["mcqa"]["parse_fail"] == pytest.approx(100 / 3)
-    assert {kind: block["n"] for kind, block in result["types"]["mcqa"].items()} == {"CW": 2, "TN": 1}
-    assert result["types"]["mcqa"]["CW"]["accuracy"] == 50
+def test_what_is_done_is_not_answered_again(world, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main(args_of(world, tmp_path / "parts"))
+    added, add = [], evaluation.Answered.add
+    monkeypatch.setattr(evaluation.Answered, "add", lambda self, n, rows: (added.append(n), add(self, n, rows)))
+    evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+    num = len(ids_of(tmp_path / "parts" / "predictions.jsonl"))
+    assert added == list(range(2, -(-num // 4)))
 
 
-@pytest.mark.parametrize(
-    ("response", "tagged", "tagged_or_text"),
-    [
-        ("<answer>B</answer>", 1, 1),
-        ("B", 0, 1),
-        ("B. a cat", 0, 1),
-        ("<think>A</think>\nB", 0, 1),
-        ("B <answer>A</answer>", 0, 0),  # a block wins over the text around it
-        ("<think>B</think>", 0, 0),
-        ("", 0, 0),
-    ],
-)
-def test_answer_modes(response, tagged, tagged_or_text):
-    row = {
-        "id": 0,
-        "task": "mcqa",
-        "response": response,
-        "pred_choice": "B",
-        "answer": "B",
-        "options": ["a dog", "a cat"],
-    }
-    assert evaluation.sample_values(row)["accuracy"] == tagged
-    assert evaluation.sample_values(row, "tagged_or_text")["accuracy"] == tagged_or_text
+def test_rows_are_in_the_order_of_the_data(world, whole):
+    names = [entry["json_path"] for entry in yaml.safe_load((world / "mix_test.yaml").read_text())["datasets"]]
+    assert ids_of(whole / "predictions.jsonl") == [i for name in names for i in ids_of(world / name)]
 
 
-def test_responses_are_scored_raw():
-    """Nothing is clipped: official scripts take the prediction as it is, while the reward clips it."""
-    values = evaluation.sample_values(tvg(None, response="<answer>4 to 40</answer>"))
-    assert values["miou"] == pytest.approx(4 / 36)
-    both = evaluation.sample_values(gqa(None, None, response="<think>x</think><answer>B, 4 to 8</answer>"))
-    assert both["acc_gqa"] == 1
-    assert both["parse_fail"] == 0
+def test_a_finished_run_is_not_run_again(world, whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", None)
+    before = (whole / "metrics.json").read_bytes()
+    evaluation.main([*args_of(world, whole), "--resume"])
+    assert "is finished" in capsys.readouterr().out and (whole / "metrics.json").read_bytes() == before
+    with pytest.raises(SystemExit, match="exists; give --resume to go on"):
+        evaluation.main(args_of(world, whole))
 
 
-@pytest.mark.parametrize("pred", [[[8, 4]], [[4, math.nan]], [[4, 8], [9, 8]], None])
-def test_malformed_stored_segments_are_parse_failures(pred):
-    values = evaluation.sample_values(tvg(pred))
-    assert values["parse_fail"] == 1
-    assert values["miou"] == values["miou_set"] == 0
+def test_going_on_with_other_questions_or_another_config_is_refused(world, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main(args_of(world, tmp_path / "parts"))
+    with pytest.raises(SystemExit, match=r"differs in eval.batch_size \(4 there, 8 now\)"):
+        evaluation.main([*args_of(world, tmp_path / "parts", "eval.batch_size=8"), "--resume"])
+    (part,) = (tmp_path / "parts").glob("answers.*.jsonl")
+    first = read_jsonl(world / "tvg_test.jsonl")[0]["id"]
+    part.write_bytes(part.read_bytes().replace(first.encode(), b"other", 1))
+    with pytest.raises(SystemExit, match="batch 0 has other samples than"):
+        evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
 
 
-def test_intervals_cover_the_mean_and_repeat():
-    rng = np.random.default_rng(1)
-    values_NM = rng.normal(5, 2, size=(400, 1))
-    low, high = evaluation.bootstrap_interval(values_NM)
-    half_width = 1.96 * values_NM.std() / 20  # the normal approximation
-    assert low[0] == pytest.approx(values_NM.mean() - half_width, abs=0.05)
-    assert high[0] == pytest.approx(values_NM.mean() + half_width, abs=0.05)
-    assert evaluation.bootstrap_interval(values_NM) == (low, high)
-    rows = numbered([tvg([[4, 8]])] * 3)
-    assert evaluation.score_predictions(rows)["tasks"]["tvg"]["miou_ci95"] == [100, 100]
+@pytest.mark.slow
+def test_killed_ten_times_at_random_is_uninterrupted(world, tmp_path):
+    """Twice within the start, eight times within or between batches."""
+    rng, folder = random.Random(0), tmp_path / "killed"
+    more = ("eval.batch_size=1", "eval.max_new_tokens=16")
+    command = [sys.executable, "eval.py", *args_of(world, folder, *more), "--resume"]
+
+    def size():
+        return sum(path.stat().st_size for path in folder.glob("answers.*.jsonl"))
+
+    for kill in range(10):
+        process, before = subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL), size()
+        deadline = time.monotonic() + (120 if kill > 1 else rng.uniform(0, 6))
+        while size() == before and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.15) if kill > 1 else 0)
+        assert process.poll() is None, "finished before it could be killed: give it more to do"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert size() and not (folder / "predictions.jsonl").exists()
+    subprocess.run(command, cwd=REPO, check=True, timeout=300)
+    evaluation.main(args_of(world, tmp_path / "whole", *more))
+    left = [(path / "predictions.jsonl").read_bytes() for path in (folder, tmp_path / "whole")]
+    assert left[0] == left[1]
 
 
-def test_paired_interval():
-    """Two runs that differ by the same amount on every sample differ for certain, however samples vary."""
-    a = list(np.random.default_rng(0).random(50))
-    assert evaluation.paired_interval(a, [value + 0.25 for value in a]) == pytest.approx((0.25, 0.25, 0.25))
-    mean, low, high = evaluation.paired_interval([0] * 100, [1] * 60 + [-1] * 40)
-    assert mean == pytest.approx(0.2)
-    assert low == pytest.approx(0.2 - 1.96 * 0.098, abs=0.03)  # sd of one difference: 0.98
-    assert high == pytest.approx(0.2 + 1.96 * 0.098, abs=0.03)
-    with pytest.raises(ValueError, match="same samples"):
-        evaluation.paired_interval([1], [1, 2])
+@pytest.mark.slow
+def test_two_processes_answer_as_one_and_go_on_where_one_stopped(world, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main(args_of(world, tmp_path / "two"))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
+    command = [*launcher, "eval.py", *args_of(world, tmp_path / "two"), "--resume"]
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    left = [(folder / "predictions.jsonl").read_bytes() for folder in (whole, tmp_path / "two")]
+    assert left[0] == left[1]
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+# ---- several answers -----------------------------------------------------------------------------------------------
 
 
-def test_score_command(tmp_path, capsys):
-    rows = [{"id": 1, "task": "mcqa", "response": "B", "answer": "B"}, tvg([]), tvg([[4, 8]], id="y")]
-    out = tmp_path / "metrics.json"
-    path = write_rows(tmp_path / "predictions.jsonl", rows)
-    evaluation.main(["score", str(path), "--out", str(out), "--answer", "tagged_or_text"])
-    metrics = json.loads(out.read_text(encoding="utf-8"))
-    assert metrics["spec"] == {"answer": "tagged_or_text"}
-    assert metrics["tasks"]["mcqa"]["accuracy"] == 100
-    assert metrics["tasks"]["tvg"]["miou"] == 50
-    assert "1 without a usable answer" in capsys.readouterr().out
-    evaluation.main(["score", str(path), "--out", str(out)])
-    assert json.loads(out.read_text(encoding="utf-8"))["tasks"]["mcqa"]["accuracy"] == 0
+def test_several_answers_are_sampled_by_id_and_scored_by_mean_and_best(world, tmp_path):
+    """A question's answers do not depend on the batch that it stands in."""
+    more = ("eval.num_answers=3", "eval.temperature=2.0")
+    evaluation.main(args_of(world, tmp_path / "a", *more))
+    evaluation.main(args_of(world, tmp_path / "b", *more, "eval.batch_size=3"))
+    a, b = (read_jsonl(tmp_path / name / "predictions.jsonl") for name in "ab")
+    assert [row["responses"] for row in a] == [row["responses"] for row in b]
+    assert all(len(row["responses"]) == 3 and "response" not in row for row in a)
+    assert any(len(set(row["responses"])) > 1 for row in a)
+    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert found["spec"]["decoding"]["num_answers"] == 3 and "miou_best" in found["tasks"]["tvg"]
+    assert found["responses"]["tokens"] == sum(row["num_tokens"] for row in a)
 
 
 @pytest.mark.parametrize(
-    ("bad", "named"),
+    ("overrides", "reason"),
     [
-        ("{", "row 2: not a JSON object"),
-        ("", "row 2: not a JSON object"),
-        ("[1]", "row 2: not a JSON object"),
-        (json.dumps({"task": "tvg"}), "row 2: key 'id'"),
-        (
-            json.dumps({"id": 7, "task": "tvg", "pred_segments": [[1, 2]], "segments": [[1, 2]]}),
-            "row 2: key 'id'",
-        ),
-        (json.dumps({"id": 8}), "row 2: key 'task'"),
-        (json.dumps({"id": 8, "task": "vqa"}), "row 2: key 'task'"),
-        (json.dumps({"id": 8, "task": "mcqa", "answer": "B"}), "row 2: key 'pred_choice'"),
-        (json.dumps({"id": 8, "task": "mcqa", "pred_choice": "B"}), "row 2: key 'answer'"),
-        (json.dumps({"id": 8, "task": "mcqa", "pred_choice": 1, "answer": "B"}), "row 2: key 'pred_choice'"),
-        (json.dumps({"id": 8, "task": "mcqa", "pred_choice": "B", "answer": 1}), "row 2: key 'answer'"),
-        (json.dumps({"id": 8, "task": "mcqa", "response": 1, "answer": "B"}), "row 2: key 'response'"),
-        (json.dumps({"id": 8, "task": "tvg", "segments": [[1, 2]]}), "row 2: key 'pred_segments'"),
-        (
-            json.dumps({"id": 8, "task": "tvg", "pred_segments": [[1, 2, 3]], "segments": [[1, 2]]}),
-            "'pred_segments'",
-        ),
-        (
-            json.dumps({"id": 8, "task": "tvg", "pred_segments": [1, 2], "segments": [[1, 2]]}),
-            "'pred_segments'",
-        ),
-        (json.dumps({"id": 8, "task": "tvg", "pred_segments": [[1, 2]]}), "row 2: key 'segments'"),
-        (
-            json.dumps({"id": 8, "task": "tvg", "pred_segments": [[1, 2]], "segments": []}),
-            "row 2: key 'segments'",
-        ),
-        (
-            json.dumps({"id": 8, "task": "tvg", "pred_segments": [], "segments": [[2, 1]]}),
-            "row 2: key 'segments'",
-        ),
+        (["eval.num_answers=3"], r"eval.temperature must be above 0 \(0: one greedy answer\), got 0.0"),
+        (["eval.temperature=-1"], "eval.temperature must be above 0"),
+        (["eval.num_answers=0"], "eval.num_answers must be above 0, got 0"),
+        (["eval.batch_size=0"], "eval.batch_size must be above 0, got 0"),
+        (["eval.every=1"], "unknown key eval.every"),
     ],
 )
-def test_bad_rows_are_named_in_one_line(tmp_path, bad, named):
-    path = tmp_path / "predictions.jsonl"
-    path.write_text(json.dumps(tvg([[4, 8]], id=7)) + "\n" + bad + "\n", encoding="utf-8")
+def test_values_that_make_no_sense_are_refused(world, tmp_path, overrides, reason):
+    with pytest.raises(SystemExit, match=reason):
+        evaluation.main(args_of(world, tmp_path / "x", *overrides))
+
+
+# ---- specification and comparison ----------------------------------------------------------------------------------
+
+
+def test_the_specification_says_how_the_numbers_came_about(whole):
+    found = json.loads((whole / "metrics.json").read_text())
+    spec, rows = found["spec"], read_jsonl(whole / "predictions.jsonl")
+    assert spec["num_samples"] == len(rows) and spec["video"]["fps"] == 2.0
+    assert spec["prompt"]["think"] is False and len(spec["prompt_hash"]) == 12
+    assert spec["decoding"]["max_new_tokens"] == 4 and spec["packages"]["torch"]
+    assert found["videos"]["tokens_mean"] > 0
+    assert found["responses"]["tokens"] == sum(row["num_tokens"] for row in rows)
+    truncated = np.mean([row["num_truncated"] for row in rows])
+    assert found["responses"]["frac_truncated"] == pytest.approx(truncated)
+
+
+@pytest.fixture(scope="module")
+def two_results(world, whole, sft_run, tmp_path_factory):
+    """metrics.json of the world's random model and of one that was tuned a little."""
+    folder = tmp_path_factory.mktemp("eval") / "tuned"
+    evaluation.main(args_of(world, folder, model=sft_run / "final"))
+    return [str(path / "metrics.json") for path in (whole, folder)]
+
+
+def test_compare_is_paired_by_sample(two_results, capsys):
+    evaluation.main(["compare", *two_results])
+    lines = capsys.readouterr().out.splitlines()
+    a, b = (json.loads(Path(path).read_text())["tasks"] for path in two_results)
+    assert [line.partition(":")[0] for line in lines if ": n " in line] == list(a)
+    row = lines[next(i for i, line in enumerate(lines) if line.startswith("mcqa: n")) + 2].split()
+    assert row[:3] == ["accuracy", f"{a['mcqa']['accuracy']:.2f}", f"{b['mcqa']['accuracy']:.2f}"]
+    assert float(row[3]) == pytest.approx(b["mcqa"]["accuracy"] - a["mcqa"]["accuracy"], abs=0.011)
+
+
+def test_compare_refuses_other_specifications_and_names_the_keys(world, whole, tmp_path, capsys):
+    other = args_of(world, tmp_path / "other", "prompt.mcqa='Q: {question}'", "video.fps=1.0")
+    evaluation.main(other)
+    results = [str(whole / "metrics.json"), str(tmp_path / "other" / "metrics.json")]
     with pytest.raises(SystemExit) as stop:
-        evaluation.main(["score", str(path), "--out", str(tmp_path / "metrics.json")])
+        evaluation.main(["compare", *results])
     message = str(stop.value)
-    assert message.startswith(f"{path}: row 2")
-    assert named in message
-    assert "\n" not in message
-    assert not (tmp_path / "metrics.json").exists()
+    assert "prompt.mcqa (" in message and "video.fps (2.0, 1.0)" in message and "prompt_hash" not in message
+    assert "model" not in message and "--allow KEY" in message
+    with pytest.raises(SystemExit, match=r"video\.fps"):
+        evaluation.main(["compare", *results, "--allow", "prompt"])
+    capsys.readouterr()
+    evaluation.main(["compare", *results, "--allow", "prompt", "--allow", "video"])
+    assert "tvg: n" in capsys.readouterr().out
 
 
-def test_bad_files_and_modes_are_named(tmp_path):
-    missing, empty = tmp_path / "missing.jsonl", tmp_path / "empty.jsonl"
-    empty.touch()
-    for path, reason in ((missing, "No such file"), (empty, "no rows"), (tmp_path, "Is a directory")):
-        with pytest.raises(SystemExit, match=f"^{path}: {reason}"):
-            evaluation.main(["score", str(path), "--out", str(tmp_path / "metrics.json")])
-    good, out = write_rows(tmp_path / "good.jsonl", [tvg([[4, 8]])]), tmp_path / "missing" / "metrics.json"
-    with pytest.raises(SystemExit, match=f"^{out}: No such file"):
-        evaluation.main(["score", str(good), "--out", str(out)])
-    with pytest.raises(ValueError, match="tagged_or_text"):
-        evaluation.score_predictions([], answer="text")
+def test_compare_refuses_another_test_set(world, whole, tmp_path):
+    evaluation.main(args_of(world, tmp_path / "other", f"data.test={world}/tvg_test.yaml"))
+    with pytest.raises(SystemExit, match=r"data_hash .*num_samples"):
+        evaluation.main(["compare", str(whole / "metrics.json"), str(tmp_path / "other" / "metrics.json")])
 
 
-@needs_annotations
-@pytest.mark.parametrize(
-    ("low", "high", "published"),
-    [
-        (0, 1, (2.1, 21.3, 21.2, 10.6, 21.3, 21.2, 10.6)),
-        (0.25, 0.75, (3.2, 23.7, 28.4, 17.1, 19.4, 25.9, 13.6)),
-    ],
-)
-def test_nextgqa_official_scorer(low, high, published):
-    spans = json.loads((ANNOTATIONS / "nextgqa" / "gsub_val.json").read_text(encoding="utf-8"))
-    with open(ANNOTATIONS / "nextgqa" / "val.csv", encoding="utf-8", newline="") as file:
-        questions = list(csv.DictReader(file))
-    rows = []
-    for index, question in enumerate(questions):
-        options, video = [question[f"a{number}"] for number in range(5)], spans[question["video_id"]]
-        pred, truth = (
-            [[low * video["duration"], high * video["duration"]]],
-            video["location"][question["qid"]],
-        )
-        answer = "ABCDE"[options.index(question["answer"])]
-        rows.append(gqa("ABCDE"[index % 5], pred, truth, answer=answer, id=index))
-    metrics = evaluation.score_predictions(rows)["tasks"]["gqa"]
-    names = ("acc_gqa", "miop", "iop@0.3", "iop@0.5", "miou", "iou@0.3", "iou@0.5")
-    assert metrics["n"] == 3358
-    assert tuple(round(metrics[name], 1) for name in names) == published
+def test_compare_names_files_that_it_cannot_use(whole, tmp_path):
+    good, bad = str(whole / "metrics.json"), tmp_path / "bad.json"
+    with pytest.raises(SystemExit, match="at least two results"):
+        evaluation.main(["compare", good])
+    for content, reason in (("{", "not a metrics.json"), ("[]", "not a metrics.json"), ("{}", "not a metrics.json")):
+        bad.write_text(content)
+        with pytest.raises(SystemExit, match=f"{bad}: {reason}"):
+            evaluation.main(["compare", good, str(bad)])
+    bad.write_text((whole / "metrics.json").read_text())
+    with pytest.raises(SystemExit, match=f"{bad}: its predictions are not there"):
+        evaluation.main(["compare", good, str(bad)])
 
 
-@needs_annotations
-def test_charades_timechat_official_scorer():
-    """280 of the 500 predictions are empty and count as 0."""
-    folder = ANNOTATIONS / "predictions_charades_timechat"
-    truth = json.loads((folder / "example_gt_file.json").read_text(encoding="utf-8"))["annotations"]
-    predictions = json.loads((folder / "example_pred_file.json").read_text(encoding="utf-8"))
-    truth_of = {str(row["id"]): [row["timestamp"]] for row in truth}
-    rows = [tvg(pred["timestamp"], truth_of[key], id=key) for key, pred in predictions.items()]
-    metrics = evaluation.score_predictions(rows)["tasks"]["tvg"]
-    assert (metrics["n"], metrics["parse_fail"]) == (500, 56)
-    assert [round(metrics[f"r1@{threshold}"], 4) for threshold in (0.3, 0.5, 0.7)] == [9.0, 3.4, 1.4]
-    assert metrics["miou"] == pytest.approx(6.2998, abs=5e-5)
+def test_scored_again_is_compared_as_it_was(whole, two_results, tmp_path, capsys):
+    """The specification goes with the predictions, and a changed way to score them is a difference."""
+    tagged, text = tmp_path / "tagged.json", tmp_path / "text.json"
+    evaluation.main(["score", str(whole / "predictions.jsonl"), "--out", str(tagged)])
+    evaluation.main(["score", str(whole / "predictions.jsonl"), "--out", str(text), "--answer", "tagged_or_text"])
+    evaluation.main(["compare", two_results[1], str(tagged)])
+    with pytest.raises(SystemExit, match="answer \\('tagged', 'tagged_or_text'\\)"):
+        evaluation.main(["compare", two_results[1], str(text)])
 
 
-@needs_annotations
-def test_nextqa_published_accuracy():
-    """HGA on the validation set: causal 46.26, temporal 50.74, descriptive 59.33, all 49.74."""
-    path = ANNOTATIONS / "predictions_nextqa" / "HGA-bert-ft-h256-val.json"
-    predictions = json.loads(path.read_text(encoding="utf-8"))
-    with open(ANNOTATIONS / "nextqa" / "val.csv", encoding="utf-8", newline="") as file:
-        kind_of = {f"{row['video']}_{row['qid']}": row["type"][0] for row in csv.DictReader(file)}
-    rows = [
-        {"id": key, "task": "mcqa", "type": kind_of[key]}
-        | {"pred_choice": "ABCDE"[row["prediction"]], "answer": "ABCDE"[row["answer"]]}
-        for key, row in predictions.items()
-    ]
-    result = evaluation.score_predictions(rows)
-    assert round(result["tasks"]["mcqa"]["accuracy"], 2) == 49.74
-    by_type = {kind: round(block["accuracy"], 2) for kind, block in result["types"]["mcqa"].items()}
-    assert by_type == {"C": 46.26, "T": 50.74, "D": 59.33}
+def test_published_predictions_are_scored_against_the_records(world, whole, tmp_path, capsys):
+    """A record without a prediction is a wrong answer, and counted; with `skip` it is left out. The order is free."""
+    records, predictions = world / "mcqa_test.jsonl", tmp_path / "p.jsonl"
+    truth = read_jsonl(records)
+    rows = [{"id": row["id"], "pred_choice": row["answer"]} for row in truth[:0:-1]]  # all but the first
+    predictions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for mode in ("wrong", "skip"):
+        words = ["--data", str(records), "--unanswered", mode]
+        evaluation.main(["score", str(predictions), "--out", str(tmp_path / f"{mode}.json"), *words])
+        found[mode] = json.loads((tmp_path / f"{mode}.json").read_text())["tasks"]["mcqa"]
+    num = len(truth)
+    assert found["wrong"]["n"] == num and found["wrong"]["num_missing"] == found["skip"]["num_missing"] == 1
+    assert found["wrong"]["accuracy"] == pytest.approx(100 * (num - 1) / num)
+    assert (found["skip"]["n"], found["skip"]["num_skipped"], found["skip"]["accuracy"]) == (num - 1, 1, 100)
+    assert "1 of them without a prediction" in capsys.readouterr().out
+    evaluation.main(["compare", str(tmp_path / "wrong.json"), str(tmp_path / "wrong.json")])
+    for extra, reason in (({"id": "nobody"}, "is not in"), (rows[0], "is repeated")):
+        predictions.write_text("".join(json.dumps(row) + "\n" for row in [*rows, extra]))
+        with pytest.raises(SystemExit, match=f"row {num}: key 'id': .* {reason}"):
+            evaluation.main(["score", str(predictions), "--out", str(tmp_path / "x.json"), "--data", str(records)])
+
+
+def test_values_are_percent_of_the_mean(whole):
+    """metrics.json is the mean over predictions.jsonl of what one row is worth."""
+    found = json.loads((whole / "metrics.json").read_text())["tasks"]
+    rows = read_jsonl(whole / "predictions.jsonl")
+    for task, values in found.items():
+        mine = [metrics.sample_values(row) for row in rows if row["task"] == task]
+        assert values["parse_fail"] == pytest.approx(100 * np.mean([value["parse_fail"] for value in mine]))

@@ -1,0 +1,291 @@
+"""Metrics: hand-computed numbers, published tables, intervals and error messages; no model runs here."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval as evaluation
+import metrics
+
+ANNOTATIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "annotations"
+needs_annotations = pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason=f"no {ANNOTATIONS}")
+
+
+def tvg(pred, truth=((4, 8),), **fields):
+    return {"id": "x", "task": "tvg", "pred_segments": pred, "segments": truth, "duration": 20.0} | fields
+
+
+def gqa(choice, pred, truth=((4, 8),), **fields):
+    row = {
+        "id": "x",
+        "task": "gqa",
+        "pred_choice": choice,
+        "pred_segments": pred,
+        "answer": "B",
+        "segments": truth,
+    }
+    return row | {"duration": 20.0} | fields
+
+
+def numbered(rows):
+    return [row | {"id": f"row/{index}"} for index, row in enumerate(rows)]
+
+
+def test_grounding_by_hand():
+    rows = [tvg([[4, 8]]), tvg([[4, 6]]), tvg([[0, 1], [4, 8]]), tvg([])]  # IoU 1, 0.5, 0 and 0
+    found = metrics.score_predictions(numbered(rows))["tasks"]["tvg"]
+    expected = {"n": 4, "miou": 37.5, "r1@0.3": 50, "r1@0.5": 50, "r1@0.7": 25, "parse_fail": 25}
+    assert {name: found[name] for name in expected} == expected
+    assert found["miou_set"] == pytest.approx(100 * (1 + 0.5 + 4 / 5 + 0) / 4)  # the third: 4 s of 5 s
+    assert {f"{name}_ci95" for name in [*expected, "miou_set"] if name != "n"} <= set(found)
+
+
+def test_the_first_segment_meets_the_best_truth_for_iou_and_iop_apart():
+    values = metrics.sample_values(gqa("B", [[0, 10], [50, 60]], truth=[[0, 2], [6, 20]]))
+    assert values["miou"] == pytest.approx(4 / 20)  # against [0, 2] 2 / 10, against [6, 20] 4 / 20
+    assert values["miop"] == pytest.approx(4 / 10)
+    assert values["miou_set"] == pytest.approx(6 / 30)  # 6 s of [0, 20] and [50, 60]
+    assert values["miop_set"] == pytest.approx(6 / 20)
+    apart = metrics.sample_values(gqa("B", [[0, 10]], truth=[[8, 12], [0, 100]]))
+    assert apart["miou"] == pytest.approx(2 / 12)  # [0, 100] gives 0.1
+    assert apart["miop"] == 1  # [8, 12] gives 0.2
+
+
+def test_grounded_qa_by_hand():
+    rows = [gqa("B", [[4, 6]]), gqa("A", [[4, 6]]), gqa("B", [[0, 20]]), gqa("B", []), gqa(None, [[6, 6]])]
+    found = metrics.score_predictions(numbered(rows))["tasks"]["gqa"]
+    expected = {
+        "n": 5,
+        "accuracy": 60,
+        "acc_gqa": 20,
+        "iop@0.3": 60,
+        "iop@0.5": 60,
+        "iou@0.3": 40,
+        "iou@0.5": 40,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert found["miop"] == pytest.approx(100 * (1 + 1 + 0.2 + 0 + 1) / 5)  # the last has no length, inside
+    assert found["miou"] == pytest.approx(100 * (0.5 + 0.5 + 0.2 + 0 + 0) / 5)
+    assert found["parse_fail"] == 40
+
+
+def test_multiple_choice_and_types():
+    rows = [
+        {"task": "mcqa", "pred_choice": choice, "answer": "B", "type": kind}
+        for choice, kind in (("B", "CW"), ("A", "CW"), (None, "TN"))
+    ]
+    result = metrics.score_predictions(numbered(rows))
+    assert result["tasks"]["mcqa"]["accuracy"] == pytest.approx(100 / 3)
+    assert result["tasks"]["mcqa"]["parse_fail"] == pytest.approx(100 / 3)
+    assert {kind: block["n"] for kind, block in result["types"]["mcqa"].items()} == {"CW": 2, "TN": 1}
+    assert result["types"]["mcqa"]["CW"]["accuracy"] == 50
+
+
+@pytest.mark.parametrize(
+    ("response", "tagged", "tagged_or_text"),
+    [
+        ("<answer>B</answer>", 1, 1),
+        ("B", 0, 1),
+        ("B. a cat", 0, 1),
+        ("<think>A</think>\nB", 0, 1),
+        ("B <answer>A</answer>", 0, 0),  # a block wins over the text around it
+        ("<think>B</think>", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_answer_modes(response, tagged, tagged_or_text):
+    row = {
+        "id": 0,
+        "task": "mcqa",
+        "response": response,
+        "pred_choice": "B",
+        "answer": "B",
+        "options": ["a dog", "a cat"],
+    }
+    assert metrics.sample_values(row)["accuracy"] == tagged
+    assert metrics.sample_values(row, "tagged_or_text")["accuracy"] == tagged_or_text
+
+
+def test_responses_are_scored_raw():
+    """Nothing is clipped: official scripts take the prediction as it is, while the reward clips it."""
+    values = metrics.sample_values(tvg(None, response="<answer>4 to 40</answer>"))
+    assert values["miou"] == pytest.approx(4 / 36)
+    both = metrics.sample_values(gqa(None, None, response="<think>x</think><answer>B, 4 to 8</answer>"))
+    assert both["acc_gqa"] == 1
+    assert both["parse_fail"] == 0
+
+
+@pytest.mark.parametrize("pred", [[[8, 4]], [[4, math.nan]], [[4, 8], [9, 8]], None])
+def test_malformed_stored_segments_are_parse_failures(pred):
+    values = metrics.sample_values(tvg(pred))
+    assert values["parse_fail"] == 1
+    assert values["miou"] == values["miou_set"] == 0
+
+
+def test_intervals_cover_the_mean_and_repeat():
+    rng = np.random.default_rng(1)
+    values_NM = rng.normal(5, 2, size=(400, 1))
+    low, high = metrics.bootstrap_interval(values_NM)
+    half_width = 1.96 * values_NM.std() / 20  # the normal approximation
+    assert low[0] == pytest.approx(values_NM.mean() - half_width, abs=0.05)
+    assert high[0] == pytest.approx(values_NM.mean() + half_width, abs=0.05)
+    assert metrics.bootstrap_interval(values_NM) == (low, high)
+    rows = numbered([tvg([[4, 8]])] * 3)
+    assert metrics.score_predictions(rows)["tasks"]["tvg"]["miou_ci95"] == [100, 100]
+
+
+def test_paired_interval():
+    """Two runs that differ by the same amount on every sample differ for certain, however samples vary."""
+    a = list(np.random.default_rng(0).random(50))
+    assert metrics.paired_interval(a, [value + 0.25 for value in a]) == pytest.approx((0.25, 0.25, 0.25))
+    mean, low, high = metrics.paired_interval([0] * 100, [1] * 60 + [-1] * 40)
+    assert mean == pytest.approx(0.2)
+    assert low == pytest.approx(0.2 - 1.96 * 0.098, abs=0.03)  # sd of one difference: 0.98
+    assert high == pytest.approx(0.2 + 1.96 * 0.098, abs=0.03)
+    with pytest.raises(ValueError, match="same samples"):
+        metrics.paired_interval([1], [1, 2])
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_score_command(tmp_path, capsys):
+    rows = [{"id": 1, "task": "mcqa", "response": "B", "answer": "B"}, tvg([]), tvg([[4, 8]], id="y")]
+    out = tmp_path / "metrics.json"
+    path = write_rows(tmp_path / "predictions.jsonl", rows)
+    evaluation.main(["score", str(path), "--out", str(out), "--answer", "tagged_or_text"])
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["spec"]["answer"] == "tagged_or_text" and found["spec"]["num_samples"] == 3
+    assert found["tasks"]["mcqa"]["accuracy"] == 100
+    assert found["tasks"]["tvg"]["miou"] == 50
+    assert "1 without a usable answer" in capsys.readouterr().out
+    evaluation.main(["score", str(path), "--out", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8"))["tasks"]["mcqa"]["accuracy"] == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        ("{", "row 2: not a JSON object"),
+        ("", "row 2: not a JSON object"),
+        ("[1]", "row 2: not a JSON object"),
+        (json.dumps({"task": "tvg"}), "row 2: key 'id'"),
+        (
+            json.dumps({"id": 7, "task": "tvg", "pred_segments": [[1, 2]], "segments": [[1, 2]]}),
+            "row 2: key 'id'",
+        ),
+        (json.dumps({"id": 8}), "row 2: key 'task'"),
+        (json.dumps({"id": 8, "task": "vqa"}), "row 2: key 'task'"),
+        (json.dumps({"id": 8, "task": "mcqa", "answer": "B"}), "row 2: key 'pred_choice'"),
+        (json.dumps({"id": 8, "task": "mcqa", "pred_choice": "B"}), "row 2: key 'answer'"),
+        (json.dumps({"id": 8, "task": "mcqa", "pred_choice": 1, "answer": "B"}), "row 2: key 'pred_choice'"),
+        (json.dumps({"id": 8, "task": "mcqa", "pred_choice": "B", "answer": 1}), "row 2: key 'answer'"),
+        (json.dumps({"id": 8, "task": "mcqa", "response": 1, "answer": "B"}), "row 2: key 'response'"),
+        (json.dumps({"id": 8, "task": "tvg", "segments": [[1, 2]]}), "row 2: key 'pred_segments'"),
+        (
+            json.dumps({"id": 8, "task": "tvg", "pred_segments": [[1, 2, 3]], "segments": [[1, 2]]}),
+            "'pred_segments'",
+        ),
+        (
+            json.dumps({"id": 8, "task": "tvg", "pred_segments": [1, 2], "segments": [[1, 2]]}),
+            "'pred_segments'",
+        ),
+        (json.dumps({"id": 8, "task": "tvg", "pred_segments": [[1, 2]]}), "row 2: key 'segments'"),
+        (
+            json.dumps({"id": 8, "task": "tvg", "pred_segments": [[1, 2]], "segments": []}),
+            "row 2: key 'segments'",
+        ),
+        (
+            json.dumps({"id": 8, "task": "tvg", "pred_segments": [], "segments": [[2, 1]]}),
+            "row 2: key 'segments'",
+        ),
+    ],
+)
+def test_bad_rows_are_named_in_one_line(tmp_path, bad, named):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps(tvg([[4, 8]], id=7)) + "\n" + bad + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(["score", str(path), "--out", str(tmp_path / "metrics.json")])
+    message = str(stop.value)
+    assert message.startswith(f"{path}: row 2")
+    assert named in message
+    assert "\n" not in message
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_bad_files_and_modes_are_named(tmp_path):
+    missing, empty = tmp_path / "missing.jsonl", tmp_path / "empty.jsonl"
+    empty.touch()
+    for path, reason in ((missing, "No such file"), (empty, "no rows"), (tmp_path, "Is a directory")):
+        with pytest.raises(SystemExit, match=f"^{path}: {reason}"):
+            evaluation.main(["score", str(path), "--out", str(tmp_path / "metrics.json")])
+    good, out = write_rows(tmp_path / "good.jsonl", [tvg([[4, 8]])]), tmp_path / "missing" / "metrics.json"
+    with pytest.raises(SystemExit, match=f"^{out}.*: No such file"):
+        evaluation.main(["score", str(good), "--out", str(out)])
+    with pytest.raises(ValueError, match="tagged_or_text"):
+        metrics.score_predictions([], answer="text")
+
+
+@needs_annotations
+@pytest.mark.parametrize(
+    ("low", "high", "published"),
+    [
+        (0, 1, (2.1, 21.3, 21.2, 10.6, 21.3, 21.2, 10.6)),
+        (0.25, 0.75, (3.2, 23.7, 28.4, 17.1, 19.4, 25.9, 13.6)),
+    ],
+)
+def test_nextgqa_official_scorer(low, high, published):
+    spans = json.loads((ANNOTATIONS / "nextgqa" / "gsub_val.json").read_text(encoding="utf-8"))
+    with open(ANNOTATIONS / "nextgqa" / "val.csv", encoding="utf-8", newline="") as file:
+        questions = list(csv.DictReader(file))
+    rows = []
+    for index, question in enumerate(questions):
+        options, video = [question[f"a{number}"] for number in range(5)], spans[question["video_id"]]
+        pred, truth = (
+            [[low * video["duration"], high * video["duration"]]],
+            video["location"][question["qid"]],
+        )
+        answer = "ABCDE"[options.index(question["answer"])]
+        rows.append(gqa("ABCDE"[index % 5], pred, truth, answer=answer, id=index))
+    found = metrics.score_predictions(rows)["tasks"]["gqa"]
+    names = ("acc_gqa", "miop", "iop@0.3", "iop@0.5", "miou", "iou@0.3", "iou@0.5")
+    assert found["n"] == 3358
+    assert tuple(round(found[name], 1) for name in names) == published
+
+
+@needs_annotations
+def test_charades_timechat_official_scorer():
+    """280 of the 500 predictions are empty and count as 0."""
+    folder = ANNOTATIONS / "predictions_charades_timechat"
+    truth = json.loads((folder / "example_gt_file.json").read_text(encoding="utf-8"))["annotations"]
+    predictions = json.loads((folder / "example_pred_file.json").read_text(encoding="utf-8"))
+    truth_of = {str(row["id"]): [row["timestamp"]] for row in truth}
+    rows = [tvg(pred["timestamp"], truth_of[key], id=key) for key, pred in predictions.items()]
+    found = metrics.score_predictions(rows)["tasks"]["tvg"]
+    assert (found["n"], found["parse_fail"]) == (500, 56)
+    assert [round(found[f"r1@{threshold}"], 4) for threshold in (0.3, 0.5, 0.7)] == [9.0, 3.4, 1.4]
+    assert found["miou"] == pytest.approx(6.2998, abs=5e-5)
+
+
+@needs_annotations
+def test_nextqa_published_accuracy():
+    """HGA on the validation set: causal 46.26, temporal 50.74, descriptive 59.33, all 49.74."""
+    path = ANNOTATIONS / "predictions_nextqa" / "HGA-bert-ft-h256-val.json"
+    predictions = json.loads(path.read_text(encoding="utf-8"))
+    with open(ANNOTATIONS / "nextqa" / "val.csv", encoding="utf-8", newline="") as file:
+        kind_of = {f"{row['video']}_{row['qid']}": row["type"][0] for row in csv.DictReader(file)}
+    rows = [
+        {"id": key, "task": "mcqa", "type": kind_of[key]}
+        | {"pred_choice": "ABCDE"[row["prediction"]], "answer": "ABCDE"[row["answer"]]}
+        for key, row in predictions.items()
+    ]
+    result = metrics.score_predictions(rows)
+    assert round(result["tasks"]["mcqa"]["accuracy"], 2) == 49.74
+    by_type = {kind: round(block["accuracy"], 2) for kind, block in result["types"]["mcqa"].items()}
+    assert by_type == {"C": 46.26, "T": 50.74, "D": 59.33}
