@@ -3,13 +3,20 @@
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPO
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import eval as evaluation
 import metrics
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+import bench_intervals
 
 ANNOTATIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "annotations"
 needs_annotations = pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason=f"no {ANNOTATIONS}")
@@ -138,6 +145,18 @@ def test_intervals_cover_the_mean_and_repeat():
     assert metrics.score_predictions(rows)["tasks"]["tvg"]["miou_ci95"] == [100, 100]
 
 
+def test_intervals_hold_the_truth_about_as_often_as_they_say(capsys):
+    """A skewed metric and a rate, two results that agree on most questions, 150 questions at a time."""
+    rng = np.random.default_rng(0)
+    base = rng.beta(0.4, 0.6, size=5000)
+    tuned = np.where(rng.random(5000) < 0.3, rng.beta(0.8, 0.5, size=5000), base)
+    for name, a, b in (("mean IoU", base, tuned), ("R1@0.5", base >= 0.5, tuned >= 0.5)):
+        covered = bench_intervals.coverage(100.0 * a, 100.0 * b, n=150, draws=400)
+        with capsys.disabled():
+            print(f"\n{name}: 95% intervals cover {covered[0]:.3f}, of the paired difference {covered[1]:.3f}")
+        assert all(0.92 <= share <= 0.975 for share in covered)  # 400 draws: +- 0.022
+
+
 def test_paired_interval():
     """Two runs that differ by the same amount on every sample differ for certain, however samples vary."""
     a = list(np.random.default_rng(0).random(50))
@@ -148,6 +167,102 @@ def test_paired_interval():
     assert high == pytest.approx(0.2 + 1.96 * 0.098, abs=0.03)
     with pytest.raises(ValueError, match="same samples"):
         metrics.paired_interval([1], [1, 2])
+
+
+# ---- types, several responses, unanswered --------------------------------------------------------------------------
+
+
+def test_types_are_paths_and_every_level_has_its_row():
+    kinds = [("causal/CW", "B"), ("causal/CH", "A"), ("causal/CW", "B"), ("temporal/TN", "A"), ("", "B")]
+    rows = [{"task": "mcqa", "pred_choice": choice, "answer": "B", "type": kind} for kind, choice in kinds]
+    result = metrics.score_predictions(numbered(rows))
+    sizes = {kind: block["n"] for kind, block in result["types"]["mcqa"].items()}
+    assert sizes == {"causal": 3, "causal/CH": 1, "causal/CW": 2, "temporal": 1, "temporal/TN": 1}
+    assert result["types"]["mcqa"]["causal"]["accuracy"] == pytest.approx(200 / 3)
+    assert "accuracy_macro" not in result["tasks"]["mcqa"]  # a row has no type
+    macro = metrics.score_predictions(numbered(rows[:4]))["tasks"]["mcqa"]
+    assert macro["accuracy"] == 50 and macro["accuracy_macro"] == pytest.approx((200 / 3 + 0) / 2)
+    assert "accuracy_macro" not in metrics.score_predictions(numbered(rows[:3]))["tasks"]["mcqa"]  # one type
+
+
+def test_several_responses_by_hand():
+    responses = [f"<answer>{span}</answer>" for span in ("4 to 8", "4 to 6", "9 to 10")]  # IoU 1, 0.5, 0
+    found = metrics.score_predictions([tvg(None, responses=[*responses, "?"])])["tasks"]["tvg"]
+    assert (found["n"], found["miou"], found["miou_best"], found["parse_fail"]) == (1, 37.5, 100, 25)
+    assert (found["r1@0.7"], found["r1@0.7_best"]) == (25, 100) and "parse_fail_best" not in found
+    for bad in ([], "4 to 8", [1]):
+        with pytest.raises(ValueError, match="row 1: key 'response"):
+            metrics.score_predictions([tvg(None, responses=bad)])
+
+
+def test_skip_leaves_out_what_has_no_usable_answer():
+    """As Video-MME's script, which divides by the answered ones, and NExT-GQA's, which knows no others."""
+    rows = numbered([gqa("B", [[4, 6]]), gqa(None, [[4, 6]]), gqa("A", []), gqa("A", [[4, 8]]) | {"missing": True}])
+    wrong = metrics.score_predictions(rows)["tasks"]["gqa"]
+    skip = metrics.score_predictions(rows, unanswered="skip")["tasks"]["gqa"]
+    assert (wrong["n"], wrong["accuracy"], wrong["parse_fail"], wrong["num_missing"]) == (4, 25, 50, 1)
+    assert (skip["n"], skip["accuracy"], skip["parse_fail"], skip["num_skipped"]) == (2, 50, 0, 2)
+    nothing = metrics.score_predictions(rows[1:2], unanswered="skip")["tasks"]["gqa"]
+    assert nothing == {"num_unreadable": 0, "num_missing": 0, "num_skipped": 1, "n": 0}
+    with pytest.raises(ValueError, match="unanswered: 'drop' is none of wrong, skip"):
+        metrics.score_predictions([], unanswered="drop")
+
+
+# ---- answers in plain words ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "choice"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B. a cat", "B"),
+        ("The answer is B.", "B"),
+        ("The correct answer is (B) a cat.", "B"),
+        ("Best option: (B)", "B"),
+        ("Answer: B", "B"),
+        ("a cat", "B"),
+        ("<think>A or B?</think> The final answer is: A", "A"),
+        ("The answer is B. a dog", None),  # the letter of one option with the text of another
+        ("A dog or a cat", None),
+        ("The answer is C.", None),
+        ("<answer>The answer is B.</answer>", None),  # who uses the tags is held to the form asked for
+    ],
+)
+def test_a_choice_in_plain_words(response, choice):
+    assert metrics.parse_response(response, ["a dog", "a cat"], "tagged_or_text")[0] == choice
+
+
+@pytest.mark.parametrize(
+    ("response", "segments"),
+    [
+        ("3.5 to 12", [(3.5, 12)]),
+        ("From 3.5 seconds to 12.0 seconds.", [(3.5, 12)]),
+        ("The given query happens in 24.3 - 30.4 seconds.", [(24.3, 30.4)]),
+        ("It happens between 3 and 7 seconds, not from 8 to 9.", [(8, 9)]),  # `to` before `between`
+        ("between 3s and 7s", [(3, 7)]),
+        ("from 0:24 to 0:30.", [(24, 30)]),
+        ("from 9 to 3", []),
+        ("at 3 seconds", []),
+        ("the 2nd person of 3", []),
+        ("<answer>It is from 3 to 7</answer>", []),
+    ],
+)
+def test_a_segment_in_plain_words(response, segments):
+    assert metrics.parse_response(response, None, "tagged_or_text")[1] == segments
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="0123456789.:-– tobewnads()AB\n", max_size=60))
+def test_any_text_is_parsed_without_an_error(text):
+    choice, segments = metrics.parse_response(text, ["a dog", "a cat"], "tagged_or_text")
+    assert choice in (None, "A", "B") and all(0 <= start <= end < math.inf for start, end in segments)
+
+
+def test_long_texts_take_no_time():
+    """Nothing backtracks: a million characters of near-matches."""
+    for text in ("the best " * 100_000, "between 3 " * 100_000, "3 " * 500_000, "3-" * 500_000, "3." * 500_000):
+        metrics.parse_response(text, ["a dog", "a cat"], "tagged_or_text")
 
 
 def write_rows(path, rows):
@@ -257,6 +372,14 @@ def test_nextgqa_official_scorer(low, high, published):
     names = ("acc_gqa", "miop", "iop@0.3", "iop@0.5", "miou", "iou@0.3", "iou@0.5")
     assert found["n"] == 3358
     assert tuple(round(found[name], 1) for name in names) == published
+    # the official scorer skips what has no prediction: the mean over the others, where ours counts them as wrong
+    part = [row | ({"response": "", "missing": True} if i % 3 == 0 else {}) for i, row in enumerate(rows)]
+    official = metrics.score_predictions([row for row in part if "missing" not in row])["tasks"]["gqa"]
+    skip = metrics.score_predictions(part, unanswered="skip")["tasks"]["gqa"]
+    ours = metrics.score_predictions(part)["tasks"]["gqa"]
+    assert [skip[name] for name in names] == [official[name] for name in names]
+    assert (skip["n"], skip["num_skipped"], ours["num_missing"], ours["n"]) == (2238, 1120, 1120, 3358)
+    assert ours["miou"] == pytest.approx(official["miou"] * 2238 / 3358)
 
 
 @needs_annotations
