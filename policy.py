@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.utils import cached_file
 
 from config import ModelConfig
 from prompts import Prompt
@@ -325,6 +325,7 @@ def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
         if config.model_type not in FAMILIES:
             raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
         tokenizer = AutoTokenizer.from_pretrained(full)
+        _side_files(full)  # now: saving them is late to find that the hub cannot be reached
         model, info = AutoModelForImageTextToText.from_pretrained(
             full, dtype=getattr(torch, cfg.dtype), attn_implementation="shared_prefix", output_loading_info=True
         )
@@ -356,6 +357,16 @@ def _layers(path: str) -> list[str]:
     return [*_layers(base), path]
 
 
+def _side_files(full: str) -> list[Path]:
+    """The files of a model folder beside its weights. Of a hub id all are fetched: not only what we read ourselves.
+
+    Others need the processor's chat template, for one: `chat_template.json` in the released folders.
+    """
+    ignored = [f"*{ending}" for ending in WEIGHT_FILES]
+    folder = full if Path(full).is_dir() else snapshot_download(full, ignore_patterns=ignored)
+    return [file for file in Path(folder).iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES)]
+
+
 def _merged(model, folder: str):
     """`model` with the weights of an adapter folder added to its own, and all of it trainable."""
     wrapper = PeftModel(model, PeftConfig.from_pretrained(folder))
@@ -379,7 +390,8 @@ def _add_adapter(model, cfg: ModelConfig) -> PeftModel:
 def save_model(policy: Policy, folder: str | Path, source: str) -> None:
     """Write a Hugging Face folder: our weights, with LoRA the adapter's alone, every other file as `source` has it.
 
-    Where `source` is an adapter folder, those files are the full model's.
+    Where `source` is an adapter folder, those files are the full model's. Tensors have the names that they have in
+    the files of `source` (transformers 5 renames on loading, and renames back here) and the dtype they are trained in.
     """
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".tmp")
@@ -388,9 +400,8 @@ def save_model(policy: Policy, folder: str | Path, source: str) -> None:
         policy.model.save_pretrained(aside)
     else:
         policy.adapter.save_pretrained(aside, save_embedding_layers=False)
-    for file in Path(cached_file(_layers(source)[0], "config.json")).parent.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHT_FILES):
-            shutil.copyfile(file, aside / file.name)
+    for file in _side_files(_layers(source)[0]):
+        shutil.copyfile(file, aside / file.name)
     if policy.adapter is not None:  # transformers takes a folder with a config.json for a full model
         for name in ("config.json", "README.md"):
             (aside / name).unlink(missing_ok=True)

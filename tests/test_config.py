@@ -14,6 +14,16 @@ from config import EvalRunConfig, GrpoConfig, SftConfig, load, to_yaml
 CONFIGS = sorted(REPO.glob("configs/*.yaml"))
 LAUNCHERS = sorted(REPO.glob("configs/accelerate/*.yaml"))
 DATA_SETS = sorted(REPO.glob("configs/data/*.yaml"))
+BENCHMARKS = {  # configs/eval_<name>.yaml: the data file it reads
+    "charades_sta": "charades_sta_test",
+    "activitynet": "activitynet_test",
+    "anet_rtl": "anet_rtl",
+    "nextgqa": "nextgqa_test",
+    "mvbench": "mvbench",
+    "tempcompass": "tempcompass",
+    "videomme": "videomme",
+    "mmvu": "mmvu",
+}
 
 
 def write(path, text: str) -> str:
@@ -279,6 +289,20 @@ def test_configs_load(path):
 
 def test_there_are_configs():
     assert {"tiny.yaml", "tiny_base.yaml"} <= {path.name for path in CONFIGS}
+
+
+def test_every_benchmark_has_a_config():
+    assert {path.stem.removeprefix("eval_") for path in CONFIGS if path.name.startswith("eval_")} == BENCHMARKS.keys()
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_asks_as_training_does(name):
+    """Each works alone, on the data file of its name; wording, video budget and precision are those of training."""
+    cfg = load(EvalRunConfig, [str(REPO / f"configs/eval_{name}.yaml")], ["model.path=runs/x/final"])
+    assert cfg.data.test == f"configs/data/{BENCHMARKS[name]}.yaml" and cfg.run.dir == f"runs/eval_{name}"
+    training = load(GrpoConfig, [str(REPO / "configs/grpo_qwen2_5_vl_3b_charades.yaml")])
+    assert (cfg.prompt, cfg.video, cfg.model.dtype) == (training.prompt, training.video, training.model.dtype)
+    assert cfg.eval.answer == "tagged_or_text" and cfg.eval.max_new_tokens == training.rollout.max_new_tokens
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)
