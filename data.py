@@ -22,15 +22,18 @@ import yaml
 
 import manifest as manifest_io
 from manifest import Manifest
-from records import BadRecord, Sample, from_temporal_r1, to_sample
+from records import CHAT, BadRecord, Sample, from_temporal_r1, to_sample
 
 
-def read_samples(path: str, out_of_clip: str = "clamp", seed: int = 0, manifest: str = "") -> list[Sample]:
+def read_samples(
+    path: str, out_of_clip: str = "clamp", seed: int = 0, manifest: str = "", chat: bool = False
+) -> list[Sample]:
     """Read a `.jsonl` of records, a Temporal-R1 `.json`, or a `.yaml` list of data sets (Temporal-R1's form).
 
     Relative paths in a YAML count from its folder; videos of a bare file are looked for beside it and in `videos/`.
     `out_of_clip` says what becomes of a segment that ends after its video: clamp, drop or error; `manifest` names the
-    file of `python data.py check` whose bad records are dropped; counts are printed.
+    file of `python data.py check` whose bad records are dropped; counts are printed. Without `chat` a chat record,
+    which nothing can be scored by, is an error.
     Raises ValueError naming file, row and key for anything malformed, FileNotFoundError for what is not there.
     """
     known = Manifest(manifest) if manifest else None
@@ -45,6 +48,10 @@ def read_samples(path: str, out_of_clip: str = "clamp", seed: int = 0, manifest:
     for sample in samples:
         if sample.id in seen:
             raise ValueError(f"{path}: two records with the id {sample.id!r}")
+        if sample.task == CHAT and not chat:
+            raise ValueError(
+                f"{path}: {sample.id!r} is a chat record: no answer can be scored by it (train_sft.py alone)"
+            )
         seen.add(sample.id)
     return samples
 

@@ -8,7 +8,6 @@ says (`frames`, `duration` in seconds, `fps` on average, `vfr`: frames are not e
 
 import json
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from records import BadRecord, Sample
+from records import BadRecord, Sample, reason_kind
 from video import check_video
 from workers import CallFailed, Workers
 
@@ -156,12 +155,3 @@ def summary(lines: Sequence[dict]) -> Iterator[str]:
     yield f"{len(lines)} records: {len(lines) - len(bad)} good, {len(bad)} bad, {len(warned)} with a warning"
     for reason, num in Counter(reason_kind(line["reason"]) for line in bad).most_common():
         yield f"{num:6d}  {reason}"
-
-
-def reason_kind(reason: str) -> str:
-    """A reason without its numbers and quotations, to count by.
-
-    >>> reason_kind("segment [24, 26.5] lies outside the video (20.0 s)")
-    'segment [N, N] lies outside the video (N s)'
-    """
-    return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", reason))

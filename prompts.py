@@ -10,7 +10,7 @@ from functools import partial
 
 from cache import FrameCache
 from config import PromptConfig, VideoConfig
-from records import LETTERS, Sample
+from records import CHAT, LETTERS, Sample
 from video import Frames, Geometry, Video, decode_video, read_geometry, to_video
 
 
@@ -25,7 +25,9 @@ class Prompt:
 
 
 def user_text(sample: Sample, cfg: PromptConfig) -> str:
-    """The user turn after the video: the task's template, filled in."""
+    """The user turn after the video: the task's template, filled in; of a chat record the question as it is."""
+    if sample.task == CHAT:
+        return sample.question
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, sample.options or ()))
     values = {"question": sample.question, "options": options}
     return re.sub(r"\{(question|options)\}", lambda match: values[match[1]], getattr(cfg, sample.task))
@@ -76,6 +78,7 @@ class PromptBuilder:
 
     def _text(self, sample: Sample) -> str:
         system = self.wording.system_think if self.wording.think else self.wording.system_plain
+        system = "" if sample.task == CHAT else system  # it asks for an answer block
         content = [{"type": "video"}, {"type": "text", "text": user_text(sample, self.wording)}]
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": content})

@@ -3,11 +3,13 @@
 Not a reader of files (data.py): it sees one dictionary at a time and opens nothing.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TASKS = ("tvg", "mcqa", "gqa")
+CHAT = "chat"  # a response to imitate and no truth to score another one by: for supervised tuning alone
 FIELDS = {
     "id", "task", "video", "duration", "question", "options", "answer", "segments",
     "clip", "fps", "source", "type", "response", "extra",
@@ -21,7 +23,7 @@ class Sample:
     """One record; times in seconds from the start of the clip."""
 
     id: str
-    task: str  # one of TASKS
+    task: str  # one of TASKS, or CHAT
     video: str  # path of the file, or of a folder of frames
     question: str
     duration: float | None = None
@@ -41,6 +43,15 @@ class BadRecord(ValueError):
     id: str | None = None  # of the record, where it has one
 
 
+def reason_kind(reason: str) -> str:
+    """A reason without its numbers and quotations, to count by.
+
+    >>> reason_kind("segment [24, 26.5] lies outside the video (20.0 s)")
+    'segment [N, N] lies outside the video (N s)'
+    """
+    return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", reason))
+
+
 def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     """Check one record; returns the sample, its segments clamped to the video, and whether any had to be clamped.
 
@@ -55,8 +66,8 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
             f"unknown key {sorted(unknown)[0]}; valid are {', '.join(sorted(FIELDS))}; further columns go under extra"
         )
     task = record["task"]
-    if task not in TASKS:
-        raise BadRecord(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if task not in (*TASKS, CHAT):
+        raise BadRecord(f"task must be one of {', '.join((*TASKS, CHAT))}, got {task!r}")
     clip = _clip(record.get("clip"))
     duration = record.get("duration", clip[1] - clip[0] if clip else None)
     if duration is not None and (not _is_number(duration) or duration <= 0):
@@ -66,8 +77,10 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
         raise BadRecord(f"fps must be frames per second above 0, got {fps!r}")
     if not isinstance(record.get("response"), str | None):
         raise BadRecord(f"response must be a text, got {record['response']!r}")
-    options, answer = _options(record) if task != "tvg" else (None, None)
-    segments, outside = _segments(record, duration) if task != "mcqa" else (None, False)
+    if task == CHAT and not (record.get("response") or "").strip():
+        raise BadRecord("response is missing: a chat record has nothing else to learn from")
+    options, answer = _options(record) if task in ("mcqa", "gqa") else (None, None)
+    segments, outside = _segments(record, duration) if task in ("tvg", "gqa") else (None, False)
     sample = Sample(
         id=record["id"],
         task=task,
@@ -148,7 +161,7 @@ def from_temporal_r1(record: dict, name: str, row: int) -> dict:
     spans = solution if isinstance(solution, list) and solution and isinstance(solution[0], list) else [solution]
     try:
         segments = [[float(a) * length, float(b) * length] for a, b in spans]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadRecord(f"solution must be [start, end] in [0, 1], got {solution!r}") from None
     return {
         "id": str(record.get("id", f"{record.get('dataset', name)}/{row}")),

@@ -56,7 +56,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
     with user_errors():
         check_precision(cfg.model)
         run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
-        samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
+        samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest, chat=True)
         for sample in samples:
             target_text(sample, cfg.prompt.think)
         check_batch(cfg.data.batch_size, run.accelerator)

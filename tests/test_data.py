@@ -71,6 +71,16 @@ def test_further_columns_go_under_extra(folder):
         read_samples(write(folder / "b.jsonl", TVG | {"level": 2}))
 
 
+def test_chat_records_are_for_those_who_ask_for_them(folder):
+    """They have a response to imitate and no truth: whoever scores answers must not get one."""
+    chat = {"id": "d", "task": "chat", "video": "v.mp4", "question": "Why?", "response": "So.", "segments": "unread"}
+    path = write(folder / "a.jsonl", TVG, chat)
+    _, sample = read_samples(path, chat=True)
+    assert (sample.task, sample.response, sample.segments, sample.options) == ("chat", "So.", None, None)
+    with pytest.raises(ValueError, match=r"a\.jsonl: 'd' is a chat record: no answer can be scored by it"):
+        read_samples(path)
+
+
 def test_what_a_task_does_not_use_is_not_read(folder):
     tvg, mcqa = read_samples(write(folder / "a.jsonl", TVG | {"answer": "Z"}, MCQA | {"segments": "none"}))
     assert tvg.answer is None and mcqa.segments is None
@@ -97,7 +107,7 @@ def test_videos_beside_the_file_or_in_its_videos_folder(folder):
         (TVG, {"video": ABSENT}, "video is missing or not a text"),
         (TVG, {"question": "  "}, "question is missing or not a text"),
         (TVG, {"task": ABSENT}, "task is missing or not a text"),
-        (TVG, {"task": "qa"}, "task must be one of tvg, mcqa, gqa, got 'qa'"),
+        (TVG, {"task": "qa"}, "task must be one of tvg, mcqa, gqa, chat, got 'qa'"),
         (TVG, {"segmets": []}, "unknown key segmets; valid are answer, clip, duration"),
         (TVG, {"duration": ABSENT}, "duration is missing"),
         (TVG, {"duration": 0}, "duration must be seconds above 0, got 0"),
@@ -135,6 +145,8 @@ def test_videos_beside_the_file_or_in_its_videos_folder(folder):
         (GQA, {"answer": "D"}, "answer must be one of A, B, C, got 'D'"),
         (GQA, {"segments": [[7, 7]]}, "a segment must end after it starts, got [7, 7]"),
         (GQA, {"duration": ABSENT}, "duration is missing"),
+        (TVG, {"task": "chat"}, "response is missing: a chat record has nothing else to learn from"),
+        (TVG, {"task": "chat", "response": " "}, "response is missing: a chat record has nothing else to learn from"),
     ],
 )
 def test_a_malformed_record_is_named_by_file_row_and_reason(folder, record, change, reason):

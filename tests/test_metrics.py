@@ -1,6 +1,7 @@
 """Metrics: hand-computed numbers, published tables, intervals and error messages; no model runs here."""
 
 import csv
+import gzip
 import json
 import math
 import sys
@@ -412,3 +413,12 @@ def test_nextqa_published_accuracy():
     assert round(result["tasks"]["mcqa"]["accuracy"], 2) == 49.74
     by_type = {kind: round(block["accuracy"], 2) for kind, block in result["types"]["mcqa"].items()}
     assert by_type == {"C": 46.26, "T": 50.74, "D": 59.33}
+
+
+@needs_annotations
+def test_time_r1_published_ious():
+    """The training set's `difficulty` is 100 x the IoU of its published prediction, all 2,500 of them."""
+    rows = json.loads(gzip.decompress((ANNOTATIONS / "tvgbench" / "train_2k5.json.gz").read_bytes()))
+    scored = [metrics.sample_values(tvg([row["pred"]], [row["timestamp"]]))["miou"] for row in rows]
+    assert len(rows) == 2500
+    assert [100 * value for value in scored] == pytest.approx([row["difficulty"] for row in rows], abs=1e-6)

@@ -56,6 +56,15 @@ def test_the_system_turn_follows_the_mode(world, tokenizer, think, words):
     assert tokenizer.decode(without.ids).startswith("<|im_start|>user\n<|vision_start|>") and without.video_start == 4
 
 
+@pytest.mark.parametrize("think", [True, False])
+def test_a_chat_record_is_asked_as_it_is(world, tokenizer, think):
+    """Without the system turn, which asks for an answer block that the response to imitate does not have."""
+    sample = replace(samples_by_task(world)["tvg"], task="chat", question="Why {question}?", response="So.")
+    text = tokenizer.decode(builder(world, tokenizer, think=think)(sample).ids)
+    assert text.startswith("<|im_start|>user\n<|vision_start|>")
+    assert text.endswith("<|vision_end|>Why {question}?<|im_end|>\n<|im_start|>assistant\n")
+
+
 def test_options_stand_in_the_text_with_their_letters(world):
     cfg = PromptConfig()
     sample = Sample("a", "mcqa", "v.mp4", "Which {options}?", options=("red", "a b", "blue"), answer="B")

@@ -314,3 +314,18 @@ def test_an_existing_run_folder_is_left_alone(world, tmp_path, main):
 def test_sft_says_that_it_has_no_thoughts_to_imitate(world, tmp_path):
     with pytest.raises(SystemExit, match=r"sample tiny/tvg_train/0: prompt.think=true needs a `response`"):
         train_sft.train(sft_cfg(world, tmp_path, "prompt.think=true"))
+
+
+def test_chat_records_are_learned_by_sft_and_refused_by_grpo(world, tmp_path):
+    """One response to a clip, in thinking mode: its loss falls; there is nothing to score a sampled answer by."""
+    (tmp_path / "videos").mkdir()
+    clip = json.loads((world / "tvg_train.jsonl").read_text().splitlines()[0])["video"]
+    (tmp_path / "videos" / "a.mp4").symlink_to(world / "videos" / clip)
+    chat = {"task": "chat", "video": "a.mp4", "question": "What is this?", "response": "<think>red</think> circle"}
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(chat | {"id": f"{i}"}) + "\n" for i in range(4)))
+    overrides = (f"data.train={tmp_path}/chat.jsonl", "prompt.think=true", "run.steps=6", "optim.lr=1e-2")
+    run = train_sft.train(sft_cfg(world, tmp_path, *overrides))
+    losses = [row["loss"] for row in metrics_of(run.dir)]
+    assert losses[-1] < 0.5 * losses[0]
+    with pytest.raises(SystemExit, match="'0' is a chat record: no answer can be scored by it"):
+        train_grpo.train(make_cfg(world, tmp_path, overrides[0], f"run.dir={tmp_path}/grpo"))
