@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data import records_of
-from metrics import all_values, paired_interval, read_rows, with_truth
-from records import Sample
+from data import read_samples
+from metrics import check_modes, cluster_of, paired_interval, read_rows, score_each, with_truth
+from run import flat
 
-MAY_DIFFER = {"model"}  # what a comparison is about
+MAY_DIFFER = {"model", "weights"}  # what a comparison is about
+FOLLOWS = {"prompt_hash", "commit"}  # from the wording and the chat template, from the code
 
 
 @dataclass(frozen=True)
@@ -22,31 +23,35 @@ class Result:
 
     path: str
     spec: dict[str, Any]  # flat: section.key
-    tasks: dict[str, dict[str, Any]]  # metrics by task
     values: dict[str, dict[str | int, dict[str, float]]]  # by task and id, from 0 to 1
+    clusters: dict[str | int, str | int]  # by id: what a bootstrap draws together
 
 
 def read_result(path: str) -> Result:
-    """Raises ValueError naming file and key for anything malformed, FileNotFoundError for a file that is not there."""
+    """Of a metrics.json, or the folder it is in.
+
+    Raises ValueError naming file and key for anything malformed, FileNotFoundError for a file that is not there.
+    """
+    file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        spec, tasks, name = content["spec"], content["tasks"], content["predictions"]
-        answer, unanswered = spec["answer"], spec["unanswered"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a metrics.json of eval.py ({error!r})") from None
-    predictions = Path(path).parent / name
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        spec, data = flat(content["spec"]), content.get("data")
+        predictions = file.parent / content["predictions"]
+        check_modes(spec["answer"], spec["unanswered"])
+        data = data and str(file.parent / data)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: not a metrics.json of eval.py ({error!r})") from None
     if not predictions.is_file():
-        raise FileNotFoundError(f"{path}: its predictions are not there: {predictions}")
+        raise FileNotFoundError(f"{file}: its predictions are not there: {predictions}")
     try:
-        rows = read_predictions(predictions, content.get("data") and str(Path(path).parent / content["data"]))
-        scored = zip(rows, all_values(rows, answer))
+        rows = read_predictions(predictions, data)
+        scored = score_each(rows, spec["answer"], spec["unanswered"])
     except ValueError as error:
         raise ValueError(f"{predictions}: {error}") from None
     values: dict[str, dict[str | int, dict[str, float]]] = {}
     for row, value in scored:
-        if unanswered == "wrong" or value["parse_fail"] < 1:
-            values.setdefault(row["task"], {})[row["id"]] = value
-    return Result(path, flat(spec), tasks, values)
+        values.setdefault(row["task"], {})[row["id"]] = value
+    return Result(str(file), spec, values, {row["id"]: cluster_of(row) for row in rows})
 
 
 def read_predictions(path: str | Path, data: str | None) -> list[dict[str, Any]]:
@@ -54,36 +59,14 @@ def read_predictions(path: str | Path, data: str | None) -> list[dict[str, Any]]
     rows = read_rows(path)
     if not data:
         return rows
-    samples: dict[str, Sample] = {}
-    for where, record in records_of(data):
-        if not isinstance(record, Sample):
-            raise ValueError(f"{where}: {record}")
-        samples[record.id] = record
-    return with_truth(rows, samples, data)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by dots.
-
-    >>> flat({"video": {"fps": 2.0}, "answer": "tagged"})
-    {'video.fps': 2.0, 'answer': 'tagged'}
-    """
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+    return with_truth(rows, {sample.id: sample for sample in read_samples(data, need_videos=False)}, data)
 
 
 def differing_keys(results: Sequence[Result], allowed: Sequence[str]) -> dict[str, list[Any]]:
-    """Keys of the specification whose values are not all equal, with the values; an allowed section allows its keys.
-
-    The hash of the prompt says something of its own only where the wording is equal: the chat template differs.
-    """
-    keys = sorted(set().union(*(result.spec for result in results)) - MAY_DIFFER)
+    """Keys of the specification whose values are not all equal, with the values; an allowed section allows its keys."""
+    keys = sorted(set().union(*(result.spec for result in results)) - MAY_DIFFER - FOLLOWS)
     found = {key: [result.spec.get(key) for result in results] for key in keys}
     found = {key: values for key, values in found.items() if any(value != values[0] for value in values)}
-    if any(key.startswith("prompt.") for key in found):
-        found.pop("prompt_hash", None)
     return {key: values for key, values in found.items() if not any(f"{key}.".startswith(f"{a}.") for a in allowed)}
 
 
@@ -123,7 +106,7 @@ def _table(task: str, results: Sequence[Result]) -> list[str]:
         cells = "".join(f"{_mean(result.values[task], name):9.2f}" for result in results)
         for other, ids in zip(others, shared):
             a, b = ([100 * values[i][name] for i in ids] for values in (first, other.values[task]))
-            mean, low, high = paired_interval(a, b)
+            mean, low, high = paired_interval(a, b, clusters=[results[0].clusters[i] for i in ids])
             cells += f"{f'{mean:+.2f} [{low:+.2f}, {high:+.2f}]':>28}"
         lines.append(f"{name:14}{cells}")
     return lines

@@ -186,6 +186,7 @@ class TestDataConfig:
     manifest: str = ""
     workers: int = 2
     decode_timeout: float = 120.0
+    max_bad_share: float = 0.1  # of the samples; past it, videos that cannot be read end the evaluation
     cache_dir: str = "tiny_world/cache"
     cache_gib: float = 4.0
 
@@ -262,12 +263,12 @@ def _check_data(cfg) -> None:
         raise ValueError(f"data.workers must be at least 0, got {cfg.workers}")
     if cfg.decode_timeout <= 0:
         raise ValueError(f"data.decode_timeout must be above 0, got {cfg.decode_timeout}")
+    if not 0 <= cfg.max_bad_share <= 1:
+        raise ValueError(f"data.max_bad_share must be from 0 to 1, got {cfg.max_bad_share}")
 
 
 def _check_training(cfg) -> None:
     _check_data(cfg.data)
-    if not 0 <= cfg.data.max_bad_share <= 1:
-        raise ValueError(f"data.max_bad_share must be from 0 to 1, got {cfg.data.max_bad_share}")
     at_least_0 = {"model.lora_rank": cfg.model.lora_rank}
     positive = {
         "model.lora_alpha": cfg.model.lora_alpha,

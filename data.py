@@ -26,20 +26,25 @@ from records import CHAT, BadRecord, Sample, from_temporal_r1, to_sample
 
 
 def read_samples(
-    path: str, out_of_clip: str = "clamp", seed: int = 0, manifest: str = "", chat: bool = False
+    path: str,
+    out_of_clip: str = "clamp",
+    seed: int = 0,
+    manifest: str = "",
+    need_videos: bool = True,
+    chat: bool = False,
 ) -> list[Sample]:
     """Read a `.jsonl` of records, a Temporal-R1 `.json`, or a `.yaml` list of data sets (Temporal-R1's form).
 
     Relative paths in a YAML count from its folder; videos of a bare file are looked for beside it and in `videos/`.
     `out_of_clip` says what becomes of a segment that ends after its video: clamp, drop or error; `manifest` names the
-    file of `python data.py check` whose bad records are dropped; counts are printed. Without `chat` a chat record,
-    which nothing can be scored by, is an error.
+    file of `python data.py check` whose bad records are dropped; counts are printed. Without `need_videos` it is not
+    looked whether the videos are there. Without `chat` a chat record, which nothing can be scored by, is an error.
     Raises ValueError naming file, row and key for anything malformed, FileNotFoundError for what is not there.
     """
     known = Manifest(manifest) if manifest else None
     samples = []
-    for file, folder, strategy, where in _sources(path):
-        samples += _subset(_read_file(file, folder, out_of_clip, known), strategy, where, seed)
+    for file, folder, strategy, where in _sources(path, need_videos=need_videos):
+        samples += _subset(_read_file(file, folder, out_of_clip, known, need_videos), strategy, where, seed)
     if known is not None:
         known.report(path, len(samples))
     if not samples:
@@ -56,7 +61,7 @@ def read_samples(
     return samples
 
 
-def _sources(path: str, videos: str | None = None) -> list[tuple[Path, Path, str, str]]:
+def _sources(path: str, videos: str | None = None, need_videos: bool = True) -> list[tuple[Path, Path, str, str]]:
     """Of every data set of `path`: file of records, folder of videos, sampling strategy, and a name for messages."""
     source = Path(path)
     if not source.is_file():
@@ -68,7 +73,7 @@ def _sources(path: str, videos: str | None = None) -> list[tuple[Path, Path, str
     sources = []
     for entry in _data_sets(source):
         folder = Path(videos) if videos else source.parent / entry["data_folder"]
-        if not folder.is_dir():
+        if need_videos and not folder.is_dir():
             raise FileNotFoundError(f"{path}: video folder {folder} not found")
         name, strategy = entry["json_path"], str(entry.get("sampling_strategy", "all"))
         sources.append((source.parent / name, folder, strategy, f"{path}: {name}"))
@@ -112,7 +117,7 @@ def _subset(samples: list[Sample], strategy: str, where: str, seed: int) -> list
     return samples[:num] if kind == "first" else samples[len(samples) - num :]
 
 
-def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | None) -> list[Sample]:
+def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | None, need_videos: bool) -> list[Sample]:
     samples, clamped, dropped, missing = [], 0, 0, []
     for row, record, outside in _records(path, folder):
         if known is not None and known.drops(f"{path.name}:{row}", record):
@@ -126,7 +131,7 @@ def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | Non
             dropped += 1
         else:
             samples.append(record)
-            if _mode(record.video) is None:
+            if need_videos and _mode(record.video) is None:
                 missing.append(f"{record.video} ({path}:{row})")
     if missing and known is None:  # a file that was there at the check is replaced when its turn comes
         raise FileNotFoundError(
@@ -159,7 +164,7 @@ def _rows(path: Path) -> Iterator[tuple[int, "dict | BadRecord"]]:
     """(row number from 1, record) of a .jsonl or of a .json list."""
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} not found")
-    content = path.read_bytes()
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if path.suffix == ".json":
         try:
             records = json.loads(content)

@@ -9,6 +9,7 @@ It trains nothing and computes no reward; the metrics are in metrics.py.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -24,23 +25,23 @@ import config
 from compare import compare, read_predictions
 from config import EvalRunConfig
 from data import read_samples
-from loader import make_workers, read_ahead
+from loader import LEAST_ASKED, NUM_LISTED, make_workers, read_ahead
 from metrics import (
-    ANSWER_MODES,
     MAIN_METRIC,
     UNANSWERED_MODES,
+    check_modes,
     hash_of,
-    parse_response,
     sample_values,
     score_predictions,
     truth_hash,
     truth_of,
 )
+from plain import ANSWER_MODES, parse_response
 from policy import Policy, load_policy, save_model
 from prompts import Prompt, PromptBuilder, make_builder
 from records import Sample
 from rollout import generate
-from run import Run, environment, user_errors, write_text
+from run import Run, code_hash, user_errors, write_text
 from video import VideoError
 from workers import Workers
 
@@ -145,11 +146,13 @@ class Answered:
     """The batches that are done, in `answers.<rank>.jsonl` of the run folder: one line a batch.
 
     Batches are cut from the whole list and known by their number, so that a run that was killed goes on with the same
-    ones, on any number of processes. A line that was being written is cut off: its batch is generated again, whole.
+    ones, on any number of processes. A line that was being written is cut off: its batch is generated again, whole. So
+    is a batch with a video that could not be read: it may be there now. `by` is what made the answers, weights and
+    code; lines that others made are an error, as are those of other questions.
     """
 
-    def __init__(self, run: Run, batches: Sequence[Sequence[Sample]]):
-        self.run, self.batches = run, batches
+    def __init__(self, run: Run, batches: Sequence[Sequence[Sample]], by: dict[str, str]):
+        self.run, self.batches, self.by = run, batches, by
         self.path = run.dir / f"answers.{run.accelerator.process_index}.jsonl"
         self.rows: dict[int, list[dict]] = {}
         run.raise_together(self._read)
@@ -162,17 +165,29 @@ class Answered:
             whole, _, torn = path.read_bytes().rpartition(b"\n")
             if torn:
                 os.truncate(path, len(whole) + 1 if whole else 0)
-            for line in whole.split(b"\n") if whole else ():
-                content = json.loads(line)
-                number, rows = content["batch"], content["rows"]
-                if number >= len(self.batches) or [r["id"] for r in rows] != [s.id for s in self.batches[number]]:
-                    raise ValueError(f"{path}: batch {number} has other samples than data.test has now")
-                self.rows[number] = rows
+            for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+                try:
+                    self._take(json.loads(line))
+                except (ValueError, TypeError, LookupError, AttributeError) as error:
+                    reason = str(error) if type(error) is ValueError else f"not a line of answers ({error!r})"
+                    raise ValueError(f"{path}:{number}: {reason}") from None
+
+    def _take(self, content: dict) -> None:
+        for key, value in self.by.items():
+            if content["by"][key] != value:
+                raise ValueError(f"answers by other {key} ({content['by'][key]} there, {value} now)")
+        number, rows = content["batch"], content["rows"]
+        truth = [{"id": sample.id} | truth_of(sample) for sample in self.batches[number]]
+        if [{key: row.get(key) for key in one} for row, one in zip(rows, truth)] != json.loads(json.dumps(truth)):
+            raise ValueError(f"batch {number} is of other questions than data.test has now")
+        if not any("error" in row for row in rows):
+            self.rows[number] = rows
 
     def add(self, number: int, rows: list[dict]) -> None:
         self.rows[number] = rows
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"batch": number, "rows": rows}, ensure_ascii=False) + "\n")
+            content = {"batch": number, "by": self.by, "rows": rows}
+            file.write(json.dumps(content, ensure_ascii=False) + "\n")
 
     def gather(self) -> list[dict]:
         """The rows of all batches of all processes, in the order of the data."""
@@ -182,6 +197,15 @@ class Answered:
     def remove(self) -> None:
         for path in self.run.dir.glob("answers.*.jsonl"):
             path.unlink()
+
+
+def fingerprint(policy: Policy) -> str:
+    """A hash of up to 64 numbers of every weight: equal for equal weights, wherever they lie and on any device."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(policy.model.state_dict().items()):
+        some = weight.flatten()[:: max(1, weight.numel() // 64)][:64]
+        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
@@ -194,13 +218,16 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
         if (run.dir / "metrics.json").is_file():
             return _finished(run)
         samples = read_samples(cfg.data.test, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
-        answered = Answered(run, cut(samples, cfg.eval.batch_size))
         policy = load_policy(cfg.model, cfg.eval.temperature or 1.0).to(run.accelerator.device)
+        by = {"weights": fingerprint(policy), "code_hash": code_hash()}
+        answered = Answered(run, cut(samples, cfg.eval.batch_size), by)
         builder = make_builder(cfg, policy.tokenizer)
     _answer_all(answered, policy, builder, cfg, run)
     rows = answered.gather()
-    metrics = {"spec": specification(cfg, rows, policy.tokenizer), "predictions": "predictions.jsonl"}
-    metrics |= score_predictions(rows, cfg.eval.answer, cfg.eval.unanswered)
+    env = json.loads((run.dir / "env.json").read_text(encoding="utf-8"))
+    spec = specification(cfg, policy.tokenizer) | by | {"packages": env["packages"], "commit": env["commit"]}
+    metrics = {"spec": spec | {"num_samples": len(rows), "data_hash": truth_hash(rows)}}
+    metrics |= {"predictions": "predictions.jsonl"} | score_predictions(rows, cfg.eval.answer, cfg.eval.unanswered)
     if run.is_main:
         write_text(run.dir / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
         write_text(run.dir / "metrics.json", as_json(metrics))
@@ -224,29 +251,38 @@ def _answer_all(answered: Answered, policy: Policy, builder: PromptBuilder, cfg:
     mine = answered.todo[run.accelerator.process_index :: run.accelerator.num_processes]
     seed = cfg.run.seed if cfg.eval.temperature else None
     scores: dict[str, list[float]] = {}
+    bad, num_samples = [], sum(map(len, answered.batches))
     with make_workers(builder, cfg.data) as workers:
         batches = [answered.batches[number] for number in mine]
         predicted = predict(policy, batches, builder, workers, cfg.eval, cfg.eval.num_answers, seed)
         bar = tqdm(predicted, total=len(mine), desc="eval", unit="batch", disable=not run.is_main)
         for number, rows in zip(mine, bar, strict=True):
             answered.add(number, rows)
+            bad += [row for row in rows if "error" in row]
+            if len(bad) > cfg.data.max_bad_share * max(num_samples, LEAST_ASKED):
+                listed = "; ".join(f"{row['id']}, {row['error']}" for row in bad[:NUM_LISTED])
+                raise SystemExit(
+                    f"error: {len(bad)} videos could not be read (data.max_bad_share), the first: {listed}"
+                )
             for row in rows:
                 value = sample_values(row, cfg.eval.answer)[MAIN_METRIC[row["task"]]]
                 scores.setdefault(f"{row['task']}/{MAIN_METRIC[row['task']]}", []).append(100 * value)
             bar.set_postfix({name: f"{np.mean(values):.1f}" for name, values in scores.items()})
 
 
-def specification(cfg: EvalRunConfig, rows: Sequence[dict], tokenizer) -> dict[str, Any]:
-    """What must be equal for two results to be comparable, and which model this one is of."""
-    prompt, env = dataclasses.asdict(cfg.prompt), environment()
+def specification(cfg: EvalRunConfig, tokenizer) -> dict[str, Any]:
+    """What must be equal for two results to be comparable, and which model this one is of.
+
+    The size of the batch is a part: in bfloat16 a row's numbers depend on those beside it.
+    """
+    prompt = dataclasses.asdict(cfg.prompt)
     return {
         "model": cfg.model.path,
         "dtype": cfg.model.dtype,
-        "num_samples": len(rows),
-        "data_hash": truth_hash(rows),
         "video": dataclasses.asdict(cfg.video),
         "prompt": prompt,
         "prompt_hash": hash_of([prompt, tokenizer.chat_template]),
+        "template_hash": hash_of(tokenizer.chat_template),
         "decoding": {
             "max_new_tokens": cfg.eval.max_new_tokens,
             "num_answers": cfg.eval.num_answers,
@@ -256,9 +292,6 @@ def specification(cfg: EvalRunConfig, rows: Sequence[dict], tokenizer) -> dict[s
         },
         "answer": cfg.eval.answer,
         "unanswered": cfg.eval.unanswered,
-        "packages": env["packages"],
-        "commit": env["commit"],
-        "diff_hash": hash_of(env["diff"]) if env["diff"] else None,
     }
 
 
@@ -270,14 +303,13 @@ def as_json(content: Any) -> str:
 def print_metrics(metrics: dict[str, Any]) -> None:
     for task, values in metrics["tasks"].items():
         shown = " ".join(f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float) and k != "parse_fail")
-        notes = [f"{round(values['n'] * values.get('parse_fail', 0) / 100)} without a usable answer"]
-        notes += [f"{values['num_missing']} of them without a prediction"] if values["num_missing"] else []
-        notes += (
-            [f"{values['num_unreadable']} of them for want of a readable video"] if values["num_unreadable"] else []
-        )
-        notes += ["counted as wrong"]
-        notes += [f"{values['num_skipped']} more without one left out"] if values["num_skipped"] else []
-        print(f"{task}: n {values['n']} {shown}; {', '.join(notes)}")
+        kinds = {"num_unreadable": "an unreadable video", "num_missing": "no prediction"}
+        kinds = [f"{values[key]} with {what}" for key, what in kinds.items() if values[key]]
+        notes = f"; {', '.join(kinds)}" if kinds else ""
+        if values["n"]:
+            notes += f"; {round(values['n'] * values['parse_fail'] / 100)} without a usable answer counted as wrong"
+        notes += f"; {values['num_skipped']} without any answer left out" if values["num_skipped"] else ""
+        print(f"{task}: n {values['n']} {shown}{notes}")
 
 
 def _run_command(args: argparse.Namespace) -> None:
@@ -289,24 +321,33 @@ def _run_command(args: argparse.Namespace) -> None:
 def _score_command(args: argparse.Namespace) -> None:
     predictions, out = Path(args.predictions), Path(args.out)
     try:
+        spec = _spec_beside(predictions)
+        spec |= {"answer": args.answer or spec.get("answer", "tagged")}
+        spec |= {"unanswered": args.unanswered or spec.get("unanswered", "wrong")}
         rows = read_predictions(predictions, args.data)
         metrics = {"predictions": os.path.relpath(predictions, out.parent)}
         metrics |= {"data": os.path.relpath(args.data, out.parent)} if args.data else {}
-        metrics |= score_predictions(rows, args.answer, args.unanswered)
-        spec = _spec_beside(predictions) | {"num_samples": len(rows), "data_hash": truth_hash(rows)}
-        metrics["spec"] = spec | {"answer": args.answer, "unanswered": args.unanswered}
-        write_text(out, as_json(metrics))
+        metrics |= score_predictions(rows, spec["answer"], spec["unanswered"])
+        spec |= {"num_samples": len(rows), "data_hash": truth_hash(rows)}
+        write_text(out, as_json({"spec": spec} | metrics))
     except OSError as error:
-        raise SystemExit(f"{error.filename}: {error.strerror}") from error
+        raise SystemExit(f"{error.filename}: {error.strerror}" if error.filename else f"error: {error}") from error
     except ValueError as error:
         raise SystemExit(f"{predictions}: {error}") from error
     print_metrics(metrics)
 
 
 def _spec_beside(predictions: Path) -> dict[str, Any]:
-    """The specification that `eval.py run` left beside its predictions, if these are such."""
+    """The specification that `eval.py run` left beside these predictions; {} where they are not its own."""
     path = predictions.parent / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("spec", {}) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["predictions"] != predictions.name or not isinstance(content["spec"], dict):
+            return {}
+        check_modes(content["spec"]["answer"], content["spec"]["unanswered"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return {}
+    return content["spec"]
 
 
 def _compare_command(args: argparse.Namespace) -> None:
@@ -319,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("run", help="answers of a model, and their metrics")
-    command.add_argument("--config", nargs="+", default=[], metavar="FILE", help="later files win")
+    command.add_argument("--config", nargs="+", default=[], action="extend", metavar="FILE", help="later win")
     command.add_argument("--resume", action="store_true", help="go on with a run.dir that was stopped")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.set_defaults(call=_run_command)
@@ -327,14 +368,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("predictions", help="predictions.jsonl")
     command.add_argument("--out", required=True, help="metrics.json to write")
     command.add_argument("--data", help="records with the truth; those without a prediction count too")
-    command.add_argument("--answer", choices=ANSWER_MODES, default="tagged", help="what counts as the answer")
-    command.add_argument("--unanswered", choices=UNANSWERED_MODES, default="wrong", help="what becomes of no answer")
+    command.add_argument("--answer", choices=ANSWER_MODES, help="what counts as the answer; default: as in the run")
+    command.add_argument("--unanswered", choices=UNANSWERED_MODES, help="what becomes of no answer; default: as there")
     command.set_defaults(call=_score_command)
     command = commands.add_parser("compare", help="results side by side, differences with paired intervals")
     command.add_argument("results", nargs="+", metavar="metrics.json", help="the first one is subtracted")
     command.add_argument("--allow", action="append", default=[], metavar="KEY", help="may differ; a section for all")
     command.set_defaults(call=_compare_command)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.call is not _run_command or any(word.startswith("-") for word in rest):
+        args = parser.parse_args(argv)  # which names what it does not know
+    elif rest:
+        args.overrides += rest  # overrides on both sides of an option
     args.call(args)
 
 

@@ -75,6 +75,8 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     fps = record.get("fps")
     if fps is not None and (not _is_number(fps) or fps <= 0):
         raise BadRecord(f"fps must be frames per second above 0, got {fps!r}")
+    if not isinstance(record.get("type"), str | None):
+        raise BadRecord(f"type must be a text, got {record['type']!r}")
     if not isinstance(record.get("response"), str | None):
         raise BadRecord(f"response must be a text, got {record['response']!r}")
     if task == CHAT and not (record.get("response") or "").strip():
@@ -92,7 +94,7 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
         segments=segments,
         clip=clip,
         fps=None if fps is None else float(fps),
-        type=str(record.get("type", "")),
+        type=record.get("type") or "",
         response=record.get("response"),
         extra=_extra(record.get("extra")),
     )

@@ -5,6 +5,8 @@ metrics.jsonl (one row per step, the truth; trackers mirror it), samples.jsonl, 
 such, checkpoints/, best/ and final/.
 """
 
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -42,13 +44,7 @@ PACKAGES = (
     "numpy",
     "tokenizers",
 )
-UNUSED = {
-    "config.yaml",
-    "env.json",
-    "config.yaml.tmp",
-    "env.json.tmp",
-    "logs",
-}  # all that a run leaves which failed before its first step
+UNUSED = {"config.yaml", "env.json", "config.yaml.tmp", "env.json.tmp", "logs", "lock"}  # of a run without a step
 MAY_CHANGE = {"run.steps", "data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one resume to the next
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -58,7 +54,7 @@ def user_errors() -> Iterator[None]:
     """What a user can mend (a config key, a path, a record) ends the program with one line, not a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -123,12 +119,28 @@ class Run:
         if error is not None:
             raise error
 
+    def _lock(self) -> None:
+        """Hold the folder while this process lives: two runs in one would mix their rows."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self._lock_file = open(self.dir / "lock", "a")  # noqa: SIM115
+        try:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"run.dir {self.dir} is in use by another process") from None
+
     def _open(self, config_yaml: str, resume: bool) -> None:
-        if resume and self.keep == 0 and not (self.dir / "config.yaml").is_file():
-            resume = False  # stopped before it began
-        if resume:
-            self._check_same_config(config_yaml)
-        if resume and self.keep:
+        if not (self.dir / "config.yaml").is_file() and resume and self.keep:
+            raise FileNotFoundError(f"--resume: {self.dir / 'config.yaml'} not found")
+        resume = resume and (self.dir / "config.yaml").is_file()  # else it was stopped before it began
+        if not resume and self.dir.exists() and {path.name for path in self.dir.iterdir()} - UNUSED:
+            raise FileExistsError(f"run.dir {self.dir} exists; give --resume to go on, or another run.dir")
+        self._lock()
+        if not resume:
+            write_text(self.dir / "env.json", json.dumps(environment(), indent=2) + "\n")
+            write_text(self.dir / "config.yaml", config_yaml)
+            return
+        self._check_same_config(config_yaml)
+        if self.keep:
             self.checkpoint = newest_checkpoint(self.dir)
             if self.checkpoint is None:
                 raise ValueError(f"--resume: no complete checkpoint in {self.dir / 'checkpoints'}")
@@ -136,18 +148,13 @@ class Run:
             self.start_step, self.state = saved["step"], saved["state"]
             for name in ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl"):
                 cut_back(self.dir / name, self.start_step)
-        elif not resume and self.dir.exists() and {path.name for path in self.dir.iterdir()} - UNUSED:
-            raise FileExistsError(f"run.dir {self.dir} exists; give --resume to go on, or another run.dir")
-        elif not resume:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            write_text(self.dir / "env.json", json.dumps(environment(), indent=2) + "\n")
-            write_text(self.dir / "config.yaml", config_yaml)
 
     def _check_same_config(self, config_yaml: str) -> None:
         path = self.dir / "config.yaml"
-        if not path.is_file():
-            raise FileNotFoundError(f"--resume: {path} not found")
-        old, new = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(config_yaml))
+        try:
+            old, new = (flat(yaml.safe_load(text)) for text in (path.read_text(), config_yaml))
+        except (yaml.YAMLError, AttributeError):
+            raise ValueError(f"--resume: {path} is not a configuration") from None
         differing = sorted(k for k in (old.keys() | new.keys()) - MAY_CHANGE if old.get(k) != new.get(k))
         if differing:
             pairs = ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differing)
@@ -397,6 +404,14 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def code_hash() -> str:
+    """Of the Python files beside this one: equal where the same code ran, whatever else was committed."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"\0".join(part for f in files for part in (f.name.encode(), f.read_bytes()))).hexdigest()[
+        :12
+    ]
+
+
 def environment() -> dict:
     """Versions, commit and uncommitted changes, devices: what a number needs beside it to be trusted."""
     packages = {}
@@ -411,6 +426,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "packages": packages,
         "devices": devices or [f"cpu, {torch.get_num_threads()} threads"],
+        "code_hash": code_hash(),
         "commit": _git("rev-parse", "HEAD"),
         "diff": _git("diff", "HEAD"),
     }
@@ -424,8 +440,13 @@ def _git(*args: str) -> str | None:
         return None
 
 
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one, keys joined by dots.
+
+    >>> flat({"video": {"fps": 2.0}, "answer": "tagged"})
+    {'video.fps': 2.0, 'answer': 'tagged'}
+    """
+    found: dict = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import REPO, read_jsonl
+from conftest import REPO, read_jsonl, write_data
 
 import eval as evaluation
 import metrics
@@ -82,6 +83,35 @@ def test_what_is_done_is_not_answered_again(world, tmp_path, monkeypatch):
     assert added == list(range(2, -(-num // 4)))
 
 
+def test_the_configuration_reaches_the_answers(world, sft_run, tmp_path):
+    """Longer answers, a plain answer taken, unanswered ones left out, another seed: each changes what it says."""
+    names = {"a": (), "b": ("run.seed=1",), "c": ("eval.temperature=0.01",), "d": ("eval.max_new_tokens=7",)}
+    rows = {}
+    for name, more in names.items():
+        words = ("eval.num_answers=2", "eval.temperature=1.5", *more)
+        evaluation.main(args_of(world, tmp_path / name, *words, model=sft_run / "final"))
+        rows[name] = read_jsonl(tmp_path / name / "predictions.jsonl")
+    spec = {name: json.loads((tmp_path / name / "metrics.json").read_text())["spec"]["decoding"] for name in names}
+    assert (spec["b"]["seed"], spec["c"]["temperature"], spec["d"]["max_new_tokens"]) == (1, 0.01, 7)
+    responses = {name: [row["responses"] for row in rows[name]] for name in names}
+    assert responses["a"] != responses["b"]
+    assert sum(a != b for a, b in responses["c"]) < sum(a != b for a, b in responses["a"])
+    assert max(row["num_tokens"] for row in rows["a"]) <= 2 * 4 < max(row["num_tokens"] for row in rows["d"])
+
+
+def test_answer_modes_reach_the_metrics(world, tmp_path, monkeypatch):
+    """Every response is a plain A: wrong or no answer when tagged, an answer otherwise."""
+    answers = evaluation._answers
+    plain = lambda *args: [(["A"] * len(texts), used) for texts, used in answers(*args)]  # noqa: E731
+    monkeypatch.setattr(evaluation, "_answers", plain)
+    found = {}
+    for name, more in (("tagged", ()), ("text", ("eval.answer=tagged_or_text",)), ("skip", ("eval.unanswered=skip",))):
+        evaluation.main(args_of(world, tmp_path / name, f"data.test={world}/mcqa_test.yaml", *more))
+        found[name] = json.loads((tmp_path / name / "metrics.json").read_text())["tasks"]["mcqa"]
+    assert found["tagged"]["parse_fail"] == 100 and found["text"]["parse_fail"] == 0 < found["text"]["accuracy"]
+    assert found["skip"]["n"] == 0 and found["skip"]["num_skipped"] == found["tagged"]["n"]
+
+
 def test_rows_are_in_the_order_of_the_data(world, whole):
     names = [entry["json_path"] for entry in yaml.safe_load((world / "mix_test.yaml").read_text())["datasets"]]
     assert ids_of(whole / "predictions.jsonl") == [i for name in names for i in ids_of(world / name)]
@@ -103,11 +133,62 @@ def test_going_on_with_other_questions_or_another_config_is_refused(world, tmp_p
             evaluation.main(args_of(world, tmp_path / "parts"))
     with pytest.raises(SystemExit, match=r"differs in eval.batch_size \(4 there, 8 now\)"):
         evaluation.main([*args_of(world, tmp_path / "parts", "eval.batch_size=8"), "--resume"])
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "code_hash", lambda: "edited")
+        with pytest.raises(
+            SystemExit, match=r"answers.0.jsonl:1: answers by other code_hash \(\w+ there, edited now\)"
+        ):
+            evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+        patched.undo()
+        patched.setattr(evaluation, "fingerprint", lambda policy: "trained on")
+        with pytest.raises(SystemExit, match="answers by other weights"):
+            evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
     (part,) = (tmp_path / "parts").glob("answers.*.jsonl")
-    first = read_jsonl(world / "tvg_test.jsonl")[0]["id"]
-    part.write_bytes(part.read_bytes().replace(first.encode(), b"other", 1))
-    with pytest.raises(SystemExit, match="batch 0 has other samples than"):
-        evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+    answered, question = part.read_bytes(), read_jsonl(world / "tvg_test.jsonl")[0]["question"]
+    for content, reason in (
+        (answered.replace(question.encode(), b"another one", 1), "batch 0 is of other questions than"),
+        (b'{"batch": 0}\n', "not a line of answers"),
+        (b"[]\n", "not a line of answers"),
+        (b"{\n", "not a line of answers"),
+    ):
+        part.write_bytes(content)
+        with pytest.raises(SystemExit, match=f"answers.0.jsonl:1: {reason}"):
+            evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+
+
+def test_a_video_that_could_not_be_read_is_tried_again(world, tmp_path, monkeypatch):
+    """What failed may have been mounted since; a good batch beside it is kept."""
+    data = write_data(world, tmp_path / "data", 8, {1: b"no video"})
+    words = args_of(world, tmp_path / "parts", f"data.test={data}")
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.Answered, "gather", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main(words)
+    good = read_jsonl(world / "tvg_train.jsonl")[1]["video"]
+    (tmp_path / "data" / "videos" / "1.mp4").write_bytes((world / "videos" / good).read_bytes())
+    evaluation.main([*words, "--resume"])
+    rows = read_jsonl(tmp_path / "parts" / "predictions.jsonl")
+    assert len(rows) == 8 and not any("error" in row for row in rows)
+
+
+def test_too_many_unreadable_videos_end_an_evaluation(world, tmp_path):
+    data = write_data(world, tmp_path / "data", 12, dict.fromkeys(range(11), b"no video"))
+    with pytest.raises(SystemExit, match=r"error: 11 videos could not be read \(data.max_bad_share\), the first: r0, "):
+        evaluation.main(args_of(world, tmp_path / "x", f"data.test={data}", "eval.batch_size=12"))
+
+
+def test_a_folder_in_use_is_refused(world, tmp_path):
+    """Of two runs in one folder one would lose its answers; a run that has died holds nothing."""
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True)"
+    (tmp_path / "x").mkdir()
+    command = [sys.executable, "-c", f"{code}; time.sleep(60)", str(tmp_path / "x" / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        for words in ([], ["--resume"]):
+            with pytest.raises(SystemExit, match="is in use by another process"):
+                evaluation.main([*args_of(world, tmp_path / "x"), *words])
+        process.kill()
+    evaluation.main(args_of(world, tmp_path / "x"))
 
 
 @pytest.mark.slow
@@ -215,6 +296,52 @@ def test_compare_is_paired_by_sample(two_results, capsys):
     assert float(row[3]) == pytest.approx(b["mcqa"]["accuracy"] - a["mcqa"]["accuracy"], abs=0.011)
 
 
+def write_result(folder, accuracies, **spec):
+    """A result of so many questions, right where the number is 1; None: no answer."""
+    folder.mkdir()
+    choices = {1: "B", 0: "A", None: None}
+    rows = [
+        {"id": i, "task": "mcqa", "pred_choice": choices[right], "answer": "B", "video": f"{i // 2}.mp4"}
+        for i, right in accuracies.items()
+    ]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {"spec": {"answer": "tagged", "unanswered": "wrong"} | spec, "predictions": "predictions.jsonl"}
+    (folder / "metrics.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def shown(capsys, name):
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"{name} ")]
+    return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
+
+
+def test_compare_by_hand(tmp_path, capsys):
+    """Ten questions become right and five wrong, in another order of rows: +10 of 50, and an interval around that."""
+    a = {i: int(i < 25) for i in range(50)}
+    b = dict(sorted({i: int(5 <= i < 35) for i in range(50)}.items(), reverse=True))
+    evaluation.main(["compare", write_result(tmp_path / "a", a), write_result(tmp_path / "b", b)])
+    first, second, difference, low, high = shown(capsys, "accuracy")
+    assert (first, second, difference) == (50, 60, 10) and low < 0 < 10 < high
+    evaluation.main(["compare", str(tmp_path / "b"), str(tmp_path / "a")])
+    assert shown(capsys, "accuracy")[2] == -10
+    better = write_result(tmp_path / "c", {i: int(right or i in (30, 40)) for i, right in a.items()})
+    evaluation.main(["compare", str(tmp_path / "a"), better, str(tmp_path / "b")])
+    numbers = shown(capsys, "accuracy")
+    assert numbers[:4] == [50, 54, 60, 4] and numbers[4] >= 0 and numbers[6] == 10
+
+
+def test_compare_pairs_what_both_have_scored(tmp_path, capsys):
+    """With skip each result's own metric is over what it answered, the difference over what both did."""
+    skip = {"unanswered": "skip"}
+    a = write_result(tmp_path / "a", {0: 1, 1: 0, 2: None, 3: 1}, **skip)
+    b = write_result(tmp_path / "b", {0: 1, 1: 1, 2: 0, 3: None}, **skip)
+    evaluation.main(["compare", a, b])
+    assert shown(capsys, "accuracy")[:3] == [66.67, 66.67, 50]
+    other = write_result(tmp_path / "c", {7: 1})
+    with pytest.raises(SystemExit, match="two results have no sample in common"):
+        evaluation.main(["compare", write_result(tmp_path / "d", {0: 1}), other])
+
+
 def test_compare_refuses_other_specifications_and_names_the_keys(world, whole, tmp_path, capsys):
     other = args_of(world, tmp_path / "other", "prompt.mcqa='Q: {question}'", "video.fps=1.0")
     evaluation.main(other)
@@ -275,7 +402,7 @@ def test_published_predictions_are_scored_against_the_records(world, whole, tmp_
     assert found["wrong"]["n"] == num and found["wrong"]["num_missing"] == found["skip"]["num_missing"] == 1
     assert found["wrong"]["accuracy"] == pytest.approx(100 * (num - 1) / num)
     assert (found["skip"]["n"], found["skip"]["num_skipped"], found["skip"]["accuracy"]) == (num - 1, 1, 100)
-    assert "1 of them without a prediction" in capsys.readouterr().out
+    assert "1 with no prediction" in capsys.readouterr().out
     evaluation.main(["compare", str(tmp_path / "wrong.json"), str(tmp_path / "wrong.json")])
     for extra, reason in (({"id": "nobody"}, "is not in"), (rows[0], "is repeated")):
         predictions.write_text("".join(json.dumps(row) + "\n" for row in [*rows, extra]))

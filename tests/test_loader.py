@@ -298,7 +298,7 @@ def test_an_unreadable_video_is_a_wrong_answer(world, tmp_path, capsys, workers)
         "tokens_max": max(used),
         "frames_cut_mean": 0,
     }
-    assert "3 of them for want of a readable video, counted as wrong" in capsys.readouterr().out
+    assert "3 with an unreadable video; 7 without a usable answer counted as wrong" in capsys.readouterr().out
     evaluation.main(["score", str(tmp_path / "eval/predictions.jsonl"), "--out", str(tmp_path / "again.json")])
     again = json.loads((tmp_path / "again.json").read_text())
     assert (again["tasks"], again["videos"]) == (metrics["tasks"], metrics["videos"])

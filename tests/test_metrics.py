@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import eval as evaluation
 import metrics
+import plain
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import bench_intervals
@@ -186,6 +187,45 @@ def test_types_are_paths_and_every_level_has_its_row():
     assert "accuracy_macro" not in metrics.score_predictions(numbered(rows[:3]))["tasks"]["mcqa"]  # one type
 
 
+def test_the_interval_of_the_macro_mean_is_that_of_the_types():
+    """Constant types have no spread, however often a resample draws them; unequal ones count alike."""
+    right = [{"task": "mcqa", "pred_choice": "B", "answer": "B", "type": kind} for kind in ["a"] * 30 + ["b"] * 3]
+    found = metrics.score_predictions(numbered(right))["tasks"]["mcqa"]
+    assert (found["accuracy_macro"], found["accuracy_macro_ci95"]) == (100, [100, 100])
+    rng = np.random.default_rng(0)
+    kinds = ["a"] * 900 + ["b"] * 100
+    rows = [{"task": "mcqa", "pred_choice": "AB"[rng.random() < 0.9], "answer": "B", "type": kind} for kind in kinds]
+    low, high = metrics.score_predictions(numbered(rows))["tasks"]["mcqa"]["accuracy_macro_ci95"]
+    half_width = 1.96 * 100 * math.sqrt(0.9 * 0.1 / 900 + 0.9 * 0.1 / 100) / 2
+    assert (high - low) / 2 == pytest.approx(half_width, rel=0.2)
+
+
+def test_questions_about_one_video_are_drawn_together():
+    """Five equal questions a video say as much as one."""
+    rng = np.random.default_rng(0)
+    spans = [[[4, 8]] if rng.random() < 0.5 else [[4, 6]] for _ in range(80)]
+    one = numbered([tvg(span, video=f"{i}.mp4") for i, span in enumerate(spans)])
+    five = numbered([row for row in one for _ in range(5)])
+    alone = numbered([{key: value for key, value in row.items() if key != "video"} for row in five])
+    width = {}
+    for name, rows in (("one", one), ("five", five), ("alone", alone)):
+        low, high = metrics.score_predictions(rows)["tasks"]["tvg"]["miou_ci95"]
+        width[name] = high - low
+    assert width["five"] == pytest.approx(width["one"], rel=0.15)
+    assert width["alone"] == pytest.approx(width["one"] / math.sqrt(5), rel=0.15)
+    a, b = [0.0] * 400, [row["pred_segments"][0][1] / 8 for row in five]
+    together = metrics.paired_interval(a, b, clusters=[row["video"] for row in five])
+    assert together[2] - together[1] > 1.8 * np.subtract(*metrics.paired_interval(a, b)[:0:-1])
+
+
+def test_rows_with_and_without_several_responses_go_together():
+    """A question without a prediction has no list of them."""
+    rows = [tvg(None, responses=["<answer>4 to 8</answer>", "?"]), tvg(None, response="", missing=True, id="m")]
+    for some in (rows, rows[::-1]):
+        found = metrics.score_predictions(some)["tasks"]["tvg"]
+        assert (found["miou"], found["miou_best"], found["num_missing"]) == (25, 50, 1)
+
+
 def test_several_responses_by_hand():
     responses = [f"<answer>{span}</answer>" for span in ("4 to 8", "4 to 6", "9 to 10")]  # IoU 1, 0.5, 0
     found = metrics.score_predictions([tvg(None, responses=[*responses, "?"])])["tasks"]["tvg"]
@@ -198,12 +238,16 @@ def test_several_responses_by_hand():
 
 def test_skip_leaves_out_what_has_no_usable_answer():
     """As Video-MME's script, which divides by the answered ones, and NExT-GQA's, which knows no others."""
-    rows = numbered([gqa("B", [[4, 6]]), gqa(None, [[4, 6]]), gqa("A", []), gqa("A", [[4, 8]]) | {"missing": True}])
+    rows = numbered([gqa("B", [[4, 6]]), gqa(None, [[4, 6]]), gqa("A", []), gqa(None, [], response="?")])
+    rows += [gqa(None, [], response="", missing=True, id="m")]
     wrong = metrics.score_predictions(rows)["tasks"]["gqa"]
     skip = metrics.score_predictions(rows, unanswered="skip")["tasks"]["gqa"]
-    assert (wrong["n"], wrong["accuracy"], wrong["parse_fail"], wrong["num_missing"]) == (4, 25, 50, 1)
-    assert (skip["n"], skip["accuracy"], skip["parse_fail"], skip["num_skipped"]) == (2, 50, 0, 2)
-    nothing = metrics.score_predictions(rows[1:2], unanswered="skip")["tasks"]["gqa"]
+    assert (wrong["n"], wrong["accuracy"], wrong["parse_fail"], wrong["num_missing"]) == (5, 20, 80, 1)
+    assert (skip["n"], skip["num_skipped"], skip["parse_fail"]) == (3, 2, pytest.approx(200 / 3))
+    assert skip["accuracy"] == pytest.approx(100 / 3)  # a choice without a span is an answer to the question
+    several = tvg(None, responses=["?", "<answer>4 to 8</answer>"])
+    assert metrics.score_predictions([several], unanswered="skip")["tasks"]["tvg"]["n"] == 1
+    nothing = metrics.score_predictions(rows[3:4], unanswered="skip")["tasks"]["gqa"]
     assert nothing == {"num_unreadable": 0, "num_missing": 0, "num_skipped": 1, "n": 0}
     with pytest.raises(ValueError, match="unanswered: 'drop' is none of wrong, skip"):
         metrics.score_predictions([], unanswered="drop")
@@ -226,12 +270,25 @@ def test_skip_leaves_out_what_has_no_usable_answer():
         ("<think>A or B?</think> The final answer is: A", "A"),
         ("The answer is B. a dog", None),  # the letter of one option with the text of another
         ("A dog or a cat", None),
+        ("A or B", None),
+        ("A, B", None),
+        ("The answer is a", None),  # cut off before its text
+        ("The answer is not B", None),
+        ("**B**", "B"),
+        ("The answer is: **B**", "B"),
+        (r"\boxed{B}", "B"),
+        ("B) something else", "B"),
+        ("B\nIt meows.", "B"),
+        ("Answer: (B)\nExplanation: A barks.", "B"),
+        ("The correct option is B. Because it meows.", "B"),
+        ("Based on the video, the correct answer is B.", "B"),
+        ("Answer: A. Or rather, the answer is B.", None),
         ("The answer is C.", None),
         ("<answer>The answer is B.</answer>", None),  # who uses the tags is held to the form asked for
     ],
 )
 def test_a_choice_in_plain_words(response, choice):
-    assert metrics.parse_response(response, ["a dog", "a cat"], "tagged_or_text")[0] == choice
+    assert plain.parse_response(response, ["a dog", "a cat"], "tagged_or_text")[0] == choice
 
 
 @pytest.mark.parametrize(
@@ -240,7 +297,19 @@ def test_a_choice_in_plain_words(response, choice):
         ("3.5 to 12", [(3.5, 12)]),
         ("From 3.5 seconds to 12.0 seconds.", [(3.5, 12)]),
         ("The given query happens in 24.3 - 30.4 seconds.", [(24.3, 30.4)]),
-        ("It happens between 3 and 7 seconds, not from 8 to 9.", [(8, 9)]),  # `to` before `between`
+        ("It happens between 3 and 7 seconds, not from 8 to 9.", [(3, 7)]),
+        ("The video lasts from 0 to 30 seconds. It happens from 12 to 20 seconds.", []),  # undecided
+        ("from 2 to 5 people, from 10 to 20 seconds", [(10, 20)]),
+        ("It is not from 3 to 7 seconds.", []),
+        ("<think>First. Perhaps from 3 to 7 seconds, or", []),  # a thought that was cut off
+        ("from 3 to 7 minutes", []),
+        ("at 5-10% of it", []),
+        ("3,5 to 7,5", []),
+        ("from -3 to 7", []),
+        ("[12.5s, 20.3s]", [(12.5, 20.3)]),
+        ("The answer is (3, 7).", [(3, 7)]),
+        ("It starts at 3 seconds and ends at 7 seconds.", [(3, 7)]),
+        ('```json\n{"start_time": 3, "end_time": 7, "label": "x"}\n```', [(3, 7)]),
         ("between 3s and 7s", [(3, 7)]),
         ("from 0:24 to 0:30.", [(24, 30)]),
         ("from 9 to 3", []),
@@ -250,20 +319,20 @@ def test_a_choice_in_plain_words(response, choice):
     ],
 )
 def test_a_segment_in_plain_words(response, segments):
-    assert metrics.parse_response(response, None, "tagged_or_text")[1] == segments
+    assert plain.parse_response(response, None, "tagged_or_text")[1] == segments
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="0123456789.:-– tobewnads()AB\n", max_size=60))
 def test_any_text_is_parsed_without_an_error(text):
-    choice, segments = metrics.parse_response(text, ["a dog", "a cat"], "tagged_or_text")
+    choice, segments = plain.parse_response(text, ["a dog", "a cat"], "tagged_or_text")
     assert choice in (None, "A", "B") and all(0 <= start <= end < math.inf for start, end in segments)
 
 
 def test_long_texts_take_no_time():
     """Nothing backtracks: a million characters of near-matches."""
     for text in ("the best " * 100_000, "between 3 " * 100_000, "3 " * 500_000, "3-" * 500_000, "3." * 500_000):
-        metrics.parse_response(text, ["a dog", "a cat"], "tagged_or_text")
+        plain.parse_response(text, ["a dog", "a cat"], "tagged_or_text")
 
 
 def write_rows(path, rows):
@@ -280,16 +349,20 @@ def test_score_command(tmp_path, capsys):
     assert found["spec"]["answer"] == "tagged_or_text" and found["spec"]["num_samples"] == 3
     assert found["tasks"]["mcqa"]["accuracy"] == 100
     assert found["tasks"]["tvg"]["miou"] == 50
-    assert "1 without a usable answer" in capsys.readouterr().out
-    evaluation.main(["score", str(path), "--out", str(out)])
-    assert json.loads(out.read_text(encoding="utf-8"))["tasks"]["mcqa"]["accuracy"] == 0
+    assert "1 without a usable answer counted as wrong" in capsys.readouterr().out
+    for words, accuracy in (([], 100), (["--answer", "tagged"], 0)):  # as before, if nothing else is said
+        evaluation.main(["score", str(path), "--out", str(out), *words])
+        assert json.loads(out.read_text(encoding="utf-8"))["tasks"]["mcqa"]["accuracy"] == accuracy
+    other = write_rows(tmp_path / "other.jsonl", rows)  # those metrics are not of these predictions
+    evaluation.main(["score", str(other), "--out", str(tmp_path / "x.json")])
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["tasks"]["mcqa"]["accuracy"] == 0
 
 
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
         ("{", "row 2: not a JSON object"),
-        ("", "row 2: not a JSON object"),
+        ('\n\n"x"', "row 4: not a JSON object"),  # blank lines are passed over
         ("[1]", "row 2: not a JSON object"),
         (json.dumps({"task": "tvg"}), "row 2: key 'id'"),
         (
@@ -301,6 +374,8 @@ def test_score_command(tmp_path, capsys):
         (json.dumps({"id": 8, "task": "mcqa", "answer": "B"}), "row 2: key 'pred_choice'"),
         (json.dumps({"id": 8, "task": "mcqa", "pred_choice": "B"}), "row 2: key 'answer'"),
         (json.dumps({"id": 8, "task": "mcqa", "pred_choice": 1, "answer": "B"}), "row 2: key 'pred_choice'"),
+        (json.dumps({"id": 8, "task": "mcqa", "pred_choice": "b", "answer": "B"}), "row 2: key 'pred_choice'"),
+        (json.dumps({"id": 8, "task": "mcqa", "response": "b", "options": 5, "answer": "B"}), "row 2: key 'options'"),
         (json.dumps({"id": 8, "task": "mcqa", "pred_choice": "B", "answer": 1}), "row 2: key 'answer'"),
         (json.dumps({"id": 8, "task": "mcqa", "response": 1, "answer": "B"}), "row 2: key 'response'"),
         (json.dumps({"id": 8, "task": "tvg", "segments": [[1, 2]]}), "row 2: key 'pred_segments'"),
@@ -329,7 +404,7 @@ def test_bad_rows_are_named_in_one_line(tmp_path, bad, named):
     with pytest.raises(SystemExit) as stop:
         evaluation.main(["score", str(path), "--out", str(tmp_path / "metrics.json")])
     message = str(stop.value)
-    assert message.startswith(f"{path}: row 2")
+    assert message.startswith(f"{path}: row ")
     assert named in message
     assert "\n" not in message
     assert not (tmp_path / "metrics.json").exists()
