@@ -87,11 +87,15 @@ def evaluate_all(root: Path, models: dict[str, Path]) -> None:
             evaluation.main(["run", "--config", "configs/tiny_eval.yaml", *overrides])
 
 
+def rows_of(root: Path, name: str, column: str) -> list[dict]:
+    folder, task, _ = COLUMNS[column]
+    rows = metrics.read_rows(root / folder.format(name) / "predictions.jsonl")
+    return [row for row in rows if row["task"] == task]
+
+
 def values(root: Path, name: str, column: str) -> dict[str, float]:
     """Per-sample values (percent) of one column of the table."""
-    folder, task, metric = COLUMNS[column]
-    rows = metrics.read_rows(root / folder.format(name) / "predictions.jsonl")
-    return {row["id"]: 100 * metrics.sample_values(row)[metric] for row in rows if row["task"] == task}
+    return {row["id"]: 100 * metrics.sample_values(row)[COLUMNS[column][2]] for row in rows_of(root, name, column)}
 
 
 def paired(root: Path) -> dict[str, dict[str, list[float]]]:
@@ -101,7 +105,8 @@ def paired(root: Path) -> dict[str, dict[str, list[float]]]:
         result[pair] = {}
         for column in COLUMNS:
             left, right = values(root, a, column), values(root, b, column)
-            difference = metrics.paired_interval(list(left.values()), [right[i] for i in left])
+            clusters = [metrics.cluster_of(row) for row in rows_of(root, a, column)]
+            difference = metrics.paired_interval(list(left.values()), [right[i] for i in left], clusters=clusters)
             result[pair][column] = [round(x, 2) for x in difference]
     return result
 
