@@ -80,6 +80,7 @@ class Run:
 
     def __init__(self, dir: str, config_yaml: str, seed: int, tracker: str, resume: bool, keep: int):
         self.dir, self.keep = Path(dir), keep
+        self._lock_file = None  # on the main process, until the end
         on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
         self.accelerator = Accelerator(
             cpu=on_cpu and not use_deepspeed(),
@@ -254,6 +255,8 @@ class Run:
 
     def finish(self) -> None:
         self.accelerator.end_training()
+        if self._lock_file is not None:
+            self._lock_file.close()
 
 
 class Clock:

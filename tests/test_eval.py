@@ -1,5 +1,6 @@
 """Evaluation runs: stopped and gone on with, several answers, several processes, and the comparison of results."""
 
+import gc
 import json
 import random
 import re
@@ -223,6 +224,7 @@ def test_two_processes_answer_as_one_and_go_on_where_one_stopped(world, whole, t
         stop_after(patched, 3)
         with pytest.raises(KeyboardInterrupt):
             evaluation.main(args_of(world, tmp_path / "two"))
+    gc.collect()  # an interrupted run of this process holds its folder as long as it lives
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
     command = [*launcher, "eval.py", *args_of(world, tmp_path / "two"), "--resume"]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
