@@ -55,6 +55,8 @@ class DataConfig:
     workers: int = 2  # processes of each training process that decode ahead; 0: none, and no decode_timeout
     decode_timeout: float = 120.0  # seconds that decoding one video may take
     max_bad_share: float = 0.1  # of the samples asked for; past it, videos that cannot be read end the run
+    order: Literal["uniform", "curriculum"] = "uniform"  # curriculum: every epoch from easy to hard, see select_data.py
+    refilter_every: int = 0  # epochs until samples whose group was dead when last sampled are dropped, again and again
     cache_dir: str = "tiny_world/cache"  # decoded frames; "" for none
     cache_gib: float = 4.0  # size of that cache, in GiB
 
@@ -192,6 +194,33 @@ class TestDataConfig:
 
 
 @dataclass(frozen=True)
+class SelectDataConfig:
+    train: str = "tiny_world/mix_train.yaml"  # what to select from, in the forms that training takes
+    out_of_clip: Literal["clamp", "drop", "error"] = "clamp"
+    manifest: str = ""
+    workers: int = 2
+    decode_timeout: float = 120.0
+    max_bad_share: float = 0.1  # of all samples; past it, videos that cannot be read end the command
+    cache_dir: str = "tiny_world/cache"
+    cache_gib: float = 4.0
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """A reward here is the task's own, without the format: IoU, right option, or the mean of both (gqa)."""
+
+    rule: Literal["mixed", "mean_range", "top_variance", "random"] = "mixed"  # see selection.py
+    min_std: float = 0.1  # mixed, of tvg and gqa: rewards with a smaller standard deviation are of low variance
+    min_best: float = 0.5  # mixed, of tvg and gqa: a smaller best reward is too low
+    low: float = 0.1  # mean_range: a smaller mean reward is too hard
+    high: float = 0.7  # mean_range: a larger mean reward is too easy
+    budget: int = 0  # at most so many items are kept, shared out by task and source; 0 for no limit
+    seed: int = 0  # of what is random in a rule: the draw of `random`, and who goes first among equals
+    scores: str = ""  # score file to use instead of sampling: scores.jsonl of a run.dir, or rows with id and rewards
+    allow: list[str] = field(default_factory=list)  # keys or sections in which those scores may differ from this config
+
+
+@dataclass(frozen=True)
 class GrpoConfig:
     """Everything `train_grpo.py` reads."""
 
@@ -210,13 +239,7 @@ class GrpoConfig:
     def __post_init__(self):
         if self.rollout.group_size < 2:
             raise ValueError(f"rollout.group_size is {self.rollout.group_size}; a group needs at least 2 completions")
-        for name in ("tvg", "mcqa", "gqa"):
-            weights = dataclasses.astuple(getattr(self.rewards, name))
-            if min(weights) < 0 or (sum(weights) <= 0 and not self.rewards.functions):
-                raise ValueError(f"rewards.{name}: weights must be >= 0 and not all 0, got {weights}")
-        for name, absent in (("tvg", "answer"), ("mcqa", "iou")):
-            if getattr(getattr(self.rewards, name), absent):
-                raise ValueError(f"rewards.{name}.{absent} must be 0: the task has no such part")
+        _check_rewards(self.rewards)
         if self.loss.overlong_buffer > 1:
             raise ValueError(f"loss.overlong_buffer must be at most 1, got {self.loss.overlong_buffer}")
         _check_training(self)
@@ -235,7 +258,38 @@ class SftConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
+        if self.data.refilter_every:
+            raise ValueError("data.refilter_every must be 0: supervised tuning samples no groups")
         _check_training(self)
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Everything `select_data.py` reads; `run.dir` receives scores.jsonl, selected.jsonl and the like."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(dir="runs/select"))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: SelectDataConfig = field(default_factory=SelectDataConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    select: RuleConfig = field(default_factory=RuleConfig)
+
+    def __post_init__(self):
+        _check_data(self.data)
+        _check_rewards(self.rewards)
+        _check_rollout(self.rollout)
+        rule, k = self.select, self.rollout.group_size
+        if not 0 <= rule.low <= rule.high <= 1:
+            raise ValueError(f"select.low and select.high must be 0 <= low <= high <= 1, got {rule.low}, {rule.high}")
+        _check_at_least_0({f"select.{name}": getattr(rule, name) for name in ("min_std", "min_best", "budget", "seed")})
+        if rule.rule in ("top_variance", "random") and not rule.budget:
+            raise ValueError(f"select.rule={rule.rule} needs select.budget, the number of items to keep")
+        if rule.allow and not rule.scores:
+            raise ValueError("select.allow is for select.scores: the scores of run.dir are of this config")
+        if rule.rule in ("mixed", "top_variance") and k < 2 and not rule.scores:
+            raise ValueError(f"select.rule={rule.rule} needs a variance, and rollout.group_size={k} has none")
 
 
 @dataclass(frozen=True)
@@ -267,9 +321,36 @@ def _check_data(cfg) -> None:
         raise ValueError(f"data.max_bad_share must be from 0 to 1, got {cfg.max_bad_share}")
 
 
+def _check_rewards(cfg: RewardsConfig) -> None:
+    for name in ("tvg", "mcqa", "gqa"):
+        weights = dataclasses.astuple(getattr(cfg, name))
+        if min(weights) < 0 or (sum(weights) <= 0 and not cfg.functions):
+            raise ValueError(f"rewards.{name}: weights must be >= 0 and not all 0, got {weights}")
+    for name, absent in (("tvg", "answer"), ("mcqa", "iou")):
+        if getattr(getattr(cfg, name), absent):
+            raise ValueError(f"rewards.{name}.{absent} must be 0: the task has no such part")
+
+
+def _check_rollout(cfg: RolloutConfig) -> None:
+    names = ("group_size", "temperature", "max_new_tokens", "micro_batch_size")
+    _check_positive({f"rollout.{name}": getattr(cfg, name) for name in names})
+
+
+def _check_positive(values: dict[str, float]) -> None:
+    for key, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{key} must be above 0, got {value}")
+
+
+def _check_at_least_0(values: dict[str, float]) -> None:
+    for key, value in values.items():
+        if value < 0:
+            raise ValueError(f"{key} must be at least 0, got {value}")
+
+
 def _check_training(cfg) -> None:
     _check_data(cfg.data)
-    at_least_0 = {"model.lora_rank": cfg.model.lora_rank}
+    at_least_0 = {"model.lora_rank": cfg.model.lora_rank, "data.refilter_every": cfg.data.refilter_every}
     positive = {
         "model.lora_alpha": cfg.model.lora_alpha,
         "run.steps": cfg.run.steps,
@@ -284,10 +365,8 @@ def _check_training(cfg) -> None:
         "eval.max_new_tokens": cfg.eval.max_new_tokens,
     }
     if isinstance(cfg, GrpoConfig):
+        _check_rollout(cfg.rollout)
         positive |= {
-            "rollout.temperature": cfg.rollout.temperature,
-            "rollout.max_new_tokens": cfg.rollout.max_new_tokens,
-            "rollout.micro_batch_size": cfg.rollout.micro_batch_size,
             "loss.updates_per_rollout": cfg.loss.updates_per_rollout,
             "loss.kl_clamp": cfg.loss.kl_clamp,
             "loss.overlong_buffer": cfg.loss.overlong_buffer,
@@ -296,12 +375,8 @@ def _check_training(cfg) -> None:
         names = ("std_eps", "clip_low", "clip_high", "beta", "overlong_penalty")
         at_least_0 |= {f"loss.{name}": getattr(cfg.loss, name) for name in names}
         at_least_0 |= {"group.tolerance": cfg.group.tolerance, "group.max_refills": cfg.group.max_refills}
-    for key, value in positive.items():
-        if value <= 0:
-            raise ValueError(f"{key} must be above 0, got {value}")
-    for key, value in at_least_0.items():
-        if value < 0:
-            raise ValueError(f"{key} must be at least 0, got {value}")
+    _check_positive(positive)
+    _check_at_least_0(at_least_0)
     if cfg.model.lora_rank and not cfg.model.freeze_vision:
         raise ValueError("model.lora_rank trains adapters only: model.freeze_vision must be true (see lora_merger)")
     if cfg.model.lora_rank and cfg.optim.muon_lr:
@@ -411,6 +486,12 @@ def _check_type(value: Any, hint: Any, where: str) -> None:
             raise ValueError(f"{where} must be a mapping, got {value!r}")
         for key, item in value.items():
             _check_type(item, get_args(hint)[1], f"{where}[{key}]")
+        return
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        for i, item in enumerate(value):
+            _check_type(item, get_args(hint)[0], f"{where}[{i}]")
         return
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if float in kinds and type(value) is int:

@@ -215,16 +215,42 @@ def _check_kind(sample: Sample) -> None:
         raise BadRecord("fps is for a folder of frames, but video is a file")
 
 
-def batch_indices(num_samples: int, batch_size: int, step: int, seed: int) -> list[int]:
+def batch_indices(
+    num_samples: int,
+    batch_size: int,
+    step: int,
+    seed: int,
+    first_epoch: int = 0,
+    difficulty: np.ndarray | None = None,
+) -> list[int]:
     """Indices of step `step` (from 0): every epoch is a permutation of its own, and batches run on across epochs.
+
+    Step 0 begins the epoch `first_epoch`. With the `difficulty` of each sample every epoch goes from easy to hard, its
+    permutation deciding between equals.
 
     >>> sorted(batch_indices(4, 3, 0, seed=7) + batch_indices(4, 3, 1, seed=7)[:1])
     [0, 1, 2, 3]
+    >>> batch_indices(3, 4, 0, seed=7, difficulty=np.array([0.5, 0.9, 0.1]))
+    [2, 0, 1, 2]
     """
     places = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {place // num_samples for place in places}
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(num_samples) for epoch in epochs}
+    orders = {}
+    for epoch in {place // num_samples for place in places}:
+        order = np.random.default_rng((seed, first_epoch + epoch)).permutation(num_samples)
+        orders[epoch] = order if difficulty is None else order[np.argsort(difficulty[order], kind="stable")]
     return [int(orders[place // num_samples][place % num_samples]) for place in places]
+
+
+def difficulties(samples: Sequence[Sample]) -> np.ndarray:
+    """1 - `extra.reward_mean` of each sample, what `select_data.py` writes. Raises ValueError where there is none."""
+    means = [(sample.extra or {}).get("reward_mean") for sample in samples]
+    for sample, mean in zip(samples, means):
+        if not isinstance(mean, int | float):
+            raise ValueError(
+                f"data.order=curriculum: record {sample.id!r} has no number extra.reward_mean; `python select_data.py` "
+                f"writes it into selected.jsonl"
+            )
+    return 1.0 - np.array(means, dtype=float)
 
 
 def refill_indices(num_samples: int, taken: Sequence[int], count: int, step: int, refill: int, seed: int) -> list[int]:

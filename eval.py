@@ -9,7 +9,6 @@ It trains nothing and computes no reward; the metrics are in metrics.py.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import config
+from batches import DoneBatches, cut, remove_lines
 from compare import compare, read_predictions
 from config import EvalRunConfig
 from data import read_samples
@@ -37,7 +37,8 @@ from metrics import (
     truth_of,
 )
 from plain import ANSWER_MODES, parse_response
-from policy import Policy, load_policy, save_model
+from policy import Policy
+from pretrained import load_policy, save_model
 from prompts import Prompt, PromptBuilder, make_builder
 from records import Sample
 from rollout import generate
@@ -98,7 +99,12 @@ def prediction(sample: Sample, responses: Sequence[str], answer: str) -> dict[st
         row |= {"pred_segments": segments if sample.segments else []}
     else:
         row |= {"responses": list(responses)}
-    return row | truth_of(sample)
+    return row | head_of(sample)
+
+
+def head_of(sample: Sample) -> dict[str, Any]:
+    """What a prediction row says of its record."""
+    return {"id": sample.id} | truth_of(sample)
 
 
 class Validator:
@@ -137,77 +143,6 @@ class Validator:
         return named | {"validation/score": mean, "validation/num_unreadable": float(sum("error" in r for r in rows))}
 
 
-def cut(samples: Sequence[Sample], batch_size: int) -> list[Sequence[Sample]]:
-    """Batches of `batch_size`, the last one shorter."""
-    return [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-
-
-class Answered:
-    """The batches that are done, in `answers.<rank>.jsonl` of the run folder: one line a batch.
-
-    Batches are cut from the whole list and known by their number, so that a run that was killed goes on with the same
-    ones, on any number of processes. A line that was being written is cut off: its batch is generated again, whole. So
-    is a batch with a video that could not be read: it may be there now. `by` is what made the answers, weights and
-    code; lines that others made are an error, as are those of other questions.
-    """
-
-    def __init__(self, run: Run, batches: Sequence[Sequence[Sample]], by: dict[str, str]):
-        self.run, self.batches, self.by = run, batches, by
-        self.path = run.dir / f"answers.{run.accelerator.process_index}.jsonl"
-        self.rows: dict[int, list[dict]] = {}
-        run.raise_together(self._read)
-        box = [sorted(self.rows)]
-        broadcast_object_list(box)
-        self.todo = sorted(set(range(len(batches))) - set(box[0]))
-
-    def _read(self) -> None:
-        for path in sorted(self.run.dir.glob("answers.*.jsonl")):
-            whole, _, torn = path.read_bytes().rpartition(b"\n")
-            if torn:
-                os.truncate(path, len(whole) + 1 if whole else 0)
-            for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
-                try:
-                    self._take(json.loads(line))
-                except (ValueError, TypeError, LookupError, AttributeError) as error:
-                    reason = str(error) if type(error) is ValueError else f"not a line of answers ({error!r})"
-                    raise ValueError(f"{path}:{number}: {reason}") from None
-
-    def _take(self, content: dict) -> None:
-        for key, value in self.by.items():
-            if content["by"][key] != value:
-                raise ValueError(f"answers by other {key} ({content['by'][key]} there, {value} now)")
-        number, rows = content["batch"], content["rows"]
-        truth = [{"id": sample.id} | truth_of(sample) for sample in self.batches[number]]
-        if [{key: row.get(key) for key in one} for row, one in zip(rows, truth)] != json.loads(json.dumps(truth)):
-            raise ValueError(f"batch {number} is of other questions than data.test has now")
-        if not any("error" in row for row in rows):
-            self.rows[number] = rows
-
-    def add(self, number: int, rows: list[dict]) -> None:
-        self.rows[number] = rows
-        with open(self.path, "a", encoding="utf-8") as file:
-            content = {"batch": number, "by": self.by, "rows": rows}
-            file.write(json.dumps(content, ensure_ascii=False) + "\n")
-
-    def gather(self) -> list[dict]:
-        """The rows of all batches of all processes, in the order of the data."""
-        rows = dict(gather_object(list(self.rows.items())))
-        return [row for number in range(len(self.batches)) for row in rows[number]]
-
-    def remove(self) -> None:
-        for path in self.run.dir.glob("answers.*.jsonl"):
-            path.unlink()
-
-
-def fingerprint(policy: Policy) -> str:
-    """A hash of up to 64 numbers of every weight: equal for equal weights, wherever they lie and on any device."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(policy.model.state_dict().items()):
-        some = weight.flatten()[:: max(1, weight.numel() // 64)][:64]
-        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
     """Answer every test sample; writes predictions.jsonl and metrics.json into `run.dir`, returns the metrics.
 
@@ -219,8 +154,8 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
             return _finished(run)
         samples = read_samples(cfg.data.test, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         policy = load_policy(cfg.model, cfg.eval.temperature or 1.0).to(run.accelerator.device)
-        by = {"weights": fingerprint(policy), "code_hash": code_hash()}
-        answered = Answered(run, cut(samples, cfg.eval.batch_size), by)
+        by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
+        answered = DoneBatches(run, "answers", cut(samples, cfg.eval.batch_size), head_of, by)
         builder = make_builder(cfg, policy.tokenizer)
     _answer_all(answered, policy, builder, cfg, run)
     rows = answered.gather()
@@ -231,7 +166,7 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
     if run.is_main:
         write_text(run.dir / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
         write_text(run.dir / "metrics.json", as_json(metrics))
-        answered.remove()
+        remove_lines(run, "answers")
         print_metrics(metrics)
     run.finish()
     return metrics
@@ -239,6 +174,7 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
 
 def _finished(run: Run) -> dict[str, Any]:
     metrics = json.loads((run.dir / "metrics.json").read_text(encoding="utf-8"))
+    remove_lines(run, "answers")
     if run.is_main:
         print(f"{run.dir} is finished:")
         print_metrics(metrics)
@@ -246,9 +182,9 @@ def _finished(run: Run) -> dict[str, Any]:
     return metrics
 
 
-def _answer_all(answered: Answered, policy: Policy, builder: PromptBuilder, cfg: EvalRunConfig, run: Run) -> None:
+def _answer_all(answered: DoneBatches, policy: Policy, builder: PromptBuilder, cfg: EvalRunConfig, run: Run) -> None:
     """What is left to do, shared among the processes; the bar shows the mean so far of this one's answers."""
-    mine = answered.todo[run.accelerator.process_index :: run.accelerator.num_processes]
+    mine = answered.mine
     seed = cfg.run.seed if cfg.eval.temperature else None
     scores: dict[str, list[float]] = {}
     bad, num_samples = [], sum(map(len, answered.batches))

@@ -167,9 +167,18 @@ def policy_loss(
     return (per_token_BT * weights_BT.to(logps_BT.dtype)).sum(), sums
 
 
+def group_std(rewards_PG: Tensor) -> Tensor:
+    """(P,) standard deviation (ddof 1) of each group's rewards, exactly 0 where they are equal; nan for G = 1.
+
+    >>> group_std(torch.tensor([[0.1, 0.1, 0.1], [0.0, 0.5, 1.0]])).tolist()
+    [0.0, 0.5]
+    """
+    return (rewards_PG - rewards_PG[:, :1]).std(1)  # less the first: the mean of equal rewards may be off
+
+
 def is_mixed(rewards_PG: Tensor, tolerance: float = 1e-4) -> Tensor:
     """(P,) bool: groups whose rewards differ, by a standard deviation (ddof 1) above `tolerance`."""
-    return (rewards_PG - rewards_PG[:, :1]).std(1) > tolerance  # less the first: equal rewards then give exactly 0
+    return group_std(rewards_PG) > tolerance
 
 
 def group_stats(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from data import batch_indices, spare_indices
+from data import batch_indices, difficulties, spare_indices
 from prompts import Prompt, PromptBuilder
 from records import Sample
 from video import Frames, VideoError
@@ -61,17 +61,78 @@ class Round:
     num_places: int
     taken: list[int]  # indices of all samples that the step has asked for by now, on all processes
     occurrences: list[int]  # of each prompt: how often its sample stands in the round before it
+    indices: list[int]  # of every place's sample, on all processes
+
+
+class Order:
+    """Which samples a step asks for, as indices of `samples`: those that training still uses.
+
+    A pure function of (seed, step) and, with data.refilter_every, of which groups were dead: every so many epochs the
+    samples are dropped whose group was when it was last sampled. All processes know that, so they agree.
+    """
+
+    def __init__(self, samples: Sequence[Sample], cfg, state: dict | None):
+        """`state` is that of the run which is resumed, or None."""
+        self.cfg = cfg
+        state = state or {"start": 0, "epoch": 0, "dropped": [], "dead": []}
+        self.start, self.epoch = state["start"], state["epoch"]  # first step and epoch since the last dropping
+        self.dropped, self.dead = state["dropped"], set(state["dead"])  # ids
+        self._use([sample for sample in samples if sample.id not in set(self.dropped)])
+
+    @property
+    def state(self) -> dict:
+        """What a resumed run needs, nothing where nothing is ever dropped."""
+        here = {"start": self.start, "epoch": self.epoch, "dropped": self.dropped, "dead": sorted(self.dead)}
+        return {"order": here} if self.cfg.data.refilter_every else {}
+
+    @property
+    def end(self) -> int:
+        """The step before which samples are dropped next."""
+        num_epochs, batch_size = self.cfg.data.refilter_every, self.cfg.data.batch_size
+        return self.start + -(-num_epochs * len(self.samples) // batch_size) if num_epochs else self.cfg.run.steps
+
+    def indices(self, step: int) -> list[int]:
+        data, since = self.cfg.data, step - self.start
+        return batch_indices(len(self.samples), data.batch_size, since, self.cfg.run.seed, self.epoch, self.difficulty)
+
+    def visited(self, indices: Sequence[int], alive: Sequence[bool]) -> None:
+        """Take note of which groups were alive; the last visit of a sample counts."""
+        for index, is_alive in zip(indices, alive, strict=True):
+            sample_id = self.samples[index].id
+            if is_alive:
+                self.dead.discard(sample_id)
+            else:
+                self.dead.add(sample_id)
+
+    def refilter(self, step: int) -> int:
+        """Drop what is due before step `step`, unless less than two batches were left; returns how many."""
+        if step < self.end:
+            return 0
+        kept = [sample for sample in self.samples if sample.id not in self.dead]
+        num_dropped = len(self.samples) - len(kept)
+        self.epoch += -(-(step - self.start) * self.cfg.data.batch_size // len(self.samples))
+        self.start = step
+        if not num_dropped or len(kept) < 2 * self.cfg.data.batch_size:  # spares are drawn from what is left
+            return 0
+        self.dropped = self.dropped + [sample.id for sample in self.samples if sample.id in self.dead]
+        self.dead = set()
+        self._use(kept)
+        return num_dropped
+
+    def _use(self, samples: list[Sample]) -> None:
+        self.samples = samples
+        self.difficulty = difficulties(samples) if self.cfg.data.order == "curriculum" else None
 
 
 class Loader:
     """This process's prompts, round by round. Every process must make the same calls.
 
-    `num_replaced` counts, over all processes, the samples of the present step that could not be read. `state` survives
-    a resume.
+    `num_replaced` counts, over all processes, the samples of the present step that could not be read. `state` and
+    `order.state` survive a resume.
     """
 
     def __init__(self, samples: Sequence[Sample], builder: PromptBuilder, workers: Workers, cfg, run, clock: Callable):
-        self.samples, self.builder, self.workers = samples, builder, workers
+        self.order, self.builder, self.workers = Order(samples, cfg, run.state.get("order")), builder, workers
         self.cfg, self.run, self.clock = cfg, run, clock
         self.state = {name: run.state.get(name, 0) for name in ("num_asked", "num_bad")}
         self.bad = {row["id"]: row for row in run.rows(BAD_SAMPLES)}  # their rows in that file, by id
@@ -80,20 +141,26 @@ class Loader:
         share = cfg.data.batch_size // run.accelerator.num_processes
         self._num_steps_ahead = max(1, -(-2 * workers.num // share))
 
+    @property
+    def samples(self) -> list[Sample]:
+        """Those that training still uses."""
+        return self.order.samples
+
     def batch(self, step: int) -> Round:
         """The videos of step `step`; those of the next steps are decoded meanwhile."""
         self.num_replaced = 0
-        for coming in range(step, min(step + 1 + self._num_steps_ahead, self.cfg.run.steps)):
+        num_dropped = self.order.refilter(step)
+        if num_dropped and self.run.is_main:
+            left = f"{num_dropped} samples dropped, whose rewards were all alike; {len(self.samples)} left"
+            tqdm.write(f"step {step + 1}: {left} (data.refilter_every)", file=sys.stderr)
+        for coming in range(step, min(step + 1 + self._num_steps_ahead, self.cfg.run.steps, self.order.end)):
             if coming not in self._ahead:
-                self._ahead[coming] = self._start_share(self._wanted(coming))
-        return self._load(step, 0, self._wanted(step), [], self._ahead.pop(step))
+                self._ahead[coming] = self._start_share(self.order.indices(coming))
+        return self._load(step, 0, self.order.indices(step), [], self._ahead.pop(step))
 
     def refill(self, step: int, refill: int, wanted: list[int], taken: list[int]) -> Round:
         """The videos `wanted` in refill round `refill` (from 1) of a step that has asked for those `taken`."""
         return self._load(step, refill, wanted, taken, self._start_share(wanted))
-
-    def _wanted(self, step: int) -> list[int]:
-        return batch_indices(len(self.samples), self.cfg.data.batch_size, step, self.cfg.run.seed)
 
     def _share(self, num_places: int) -> tuple[list[int], int]:
         """This process's places, and how many of them count: past the end, the last one is there to be busy with."""
@@ -115,6 +182,7 @@ class Loader:
         spares = iter(spare_indices(len(self.samples), [*taken, *wanted], step, refill, self.cfg.run.seed))
         prompts: list[Prompt | None] = [None] * len(places)
         coming = dict(enumerate(wanted))  # what is to be read now, by place
+        indices = list(wanted)
         replaced: set[int] = set()  # places
         for _ in range(MOST_ATTEMPTS):
             taken = [*taken, *coming.values()]
@@ -122,10 +190,12 @@ class Loader:
             failed = self._gather_failed(self._read(coming, places, prompts, calls))
             if not failed:
                 before = [0 if i in replaced else wanted[:i].count(wanted[i]) for i in places]
-                return Round(prompts, places[:num_own], len(wanted), taken, before)
+                return Round(prompts, places[:num_own], len(wanted), taken, before, indices)
             replaced |= {row["place"] for row in failed}
             self._note(step + 1, failed)
             coming = dict(zip((row["place"] for row in failed), spares))
+            for place, index in coming.items():
+                indices[place] = index
             self._check(stuck=len(coming) < len(failed))
             calls = [self._start(coming[place]) if place in coming else None for place in places]
         self._check(stuck=True)

@@ -1,7 +1,8 @@
-"""The policy: load, freeze and save a Qwen2-VL / Qwen2.5-VL model, and score G completions over one shared prompt.
+"""The policy: a Qwen2-VL / Qwen2.5-VL model that scores G completions over one shared prompt.
 
-Not a sampler (rollout.py) and not a loss (grpo.py). `Policy.forward` is what `accelerator.prepare` wraps and the only
-thing called with gradients: packed completions in, log-probs and entropies out.
+Not a loader of model folders (pretrained.py), a sampler (rollout.py) or a loss (grpo.py). `Policy.forward` is what
+`accelerator.prepare` wraps and the only thing called with gradients: packed completions in, log-probs and entropies
+out.
 
 One row holds, per video, the prompt and then its G completions, ragged and without padding:
 
@@ -9,37 +10,25 @@ One row holds, per video, the prompt and then its G completions, ragged and with
 
 A completion token sees its prompt and its own past. Its rotary position goes on where the prompt ends, whatever
 completions stand between; the first token of each completion is predicted by the prompt's last hidden state.
-
-With LoRA a saved model is an adapter folder, which `model.path` takes as well. The full model, for other programs:
-
-    python policy.py merge runs/grpo/final runs/grpo/merged
 """
 
-import argparse
-import json
-import shutil
+import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers import AttentionInterface, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from config import ModelConfig
 from prompts import Prompt
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 HEAD_CHUNK = 512  # completion tokens per chunk of the head: their (chunk, V) float32 logits are all that is kept
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
-LORA_TEXT = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"  # modules of both families that get an adapter
-LORA_MERGER = r"model\.visual\.merger\.mlp\.(0|2)"
 
 
 @dataclass(frozen=True)
@@ -146,9 +135,12 @@ def shared_prefix_attention(module, query, key, value, attention_mask, spans=Non
     """Attention of a packed row: prompts plainly causal, completions over their prompt and themselves.
 
     The masks have as many rows as there are completion tokens: no S x S mask exists, keys and values of a prompt are
-    never repeated. Without `spans` this is transformers' sdpa (prefill, decoding, vision tower).
+    never repeated. Without `spans` this is transformers' sdpa (prefill), or, where the cache keeps prompts apart
+    (rollout.GroupLayer), `group_attention`.
     Shapes: query (1, heads, S, D), key and value (1, kv heads, S, D); returns (1, S, heads, D), None.
     """
+    if hasattr(key, "prompt"):
+        return group_attention(module, query, key, value, *key.prompt, **kwargs), None
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs, sizes = [], [span.end - span.start for span in spans]  # one split: a slice each costs its backward O(S)
@@ -161,6 +153,24 @@ def shared_prefix_attention(module, query, key, value, attention_mask, spans=Non
         mask = span.mask[None, None]
         outputs.append(sdpa_attention_forward(module, q_completions, k, v, mask, is_causal=False, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def group_attention(module, query, key, value, prompt_key, prompt_value, is_real, **kwargs) -> Tensor:
+    """Attention of one new token of each of P x G completions, over its prompt and its own past, as in a packed row.
+
+    The G tokens are queries of one call over the keys of prompt and completions: a prompt's stand there once.
+    Shapes: query (B, heads, 1, D), key and value (B, kv heads, t, D) of the completions, `prompt_key` and
+    `prompt_value` (P, kv heads, L, D), `is_real` (P, L) bool, False on padding; returns (B, 1, heads, D).
+    """
+    num, size = len(prompt_key), len(query) // len(prompt_key)
+    keys, values = (
+        torch.cat([prompt, own.unflatten(0, (num, size)).transpose(1, 2).flatten(2, 3)], dim=2)
+        for prompt, own in ((prompt_key, key), (prompt_value, value))
+    )
+    own_mask = torch.eye(size, dtype=torch.bool, device=key.device).repeat_interleave(key.shape[2], dim=1)
+    mask = torch.cat([x.expand(num, 1, size, -1) for x in (is_real[:, None, None], own_mask)], dim=3)
+    q = query.unflatten(0, (num, size)).squeeze(3).transpose(1, 2)
+    return sdpa_attention_forward(module, q, keys, values, mask, is_causal=False, **kwargs)[0].flatten(0, 1)[:, None]
 
 
 def window_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
@@ -269,6 +279,14 @@ class Policy(nn.Module):
         # 0 for the -inf of banned ids: p log p and its gradient are 0 there, not NaN
         return logps_N, -(logps_NV.exp() * logps_NV.masked_fill(logps_NV == -torch.inf, 0.0)).sum(-1)
 
+    def fingerprint(self) -> str:
+        """A hash of up to 64 numbers of every weight: equal for equal weights, wherever they lie and on any device."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            some = weight.flatten()[:: max(1, weight.numel() // 64)][:64]
+            digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
     def log_softmax(self, logits: Tensor) -> Tensor:
         """Float32 log-probs (..., V) of the distribution that is sampled from and scored."""
         return (logits.float() / self.temperature).index_fill(-1, self.banned, -torch.inf).log_softmax(-1)
@@ -308,123 +326,3 @@ def _stop_ids(generation_config, tokenizer) -> tuple[list[int], int]:
     if eos is None or pad is None:
         raise ValueError("neither generation_config.json nor the tokenizer names an EOS and a pad token")
     return ([eos] if isinstance(eos, int) else list(eos)), pad
-
-
-def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
-    """Load a Hugging Face folder or hub id, frozen as the config says, with new adapters where it says so (LoRA).
-
-    An adapter folder gives the full model it names with its adapter merged in, in `cfg.dtype`; a relative name counts
-    from the working folder, as all paths of a config do.
-    Raises ValueError in one line for what is missing, unreadable, of another family or short of weights.
-    """
-    full, where = cfg.path, f"model.path {cfg.path}"
-    try:
-        full, *adapters = _layers(cfg.path)
-        where += f", an adapter of {full}" if adapters else ""
-        config = AutoConfig.from_pretrained(full)
-        if config.model_type not in FAMILIES:
-            raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
-        tokenizer = AutoTokenizer.from_pretrained(full)
-        _side_files(full)  # now: saving them is late to find that the hub cannot be reached
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            full, dtype=getattr(torch, cfg.dtype), attn_implementation="shared_prefix", output_loading_info=True
-        )
-        if info["missing_keys"] or info["mismatched_keys"]:
-            raise ValueError(f"no weights for {sorted(info['missing_keys'])[:3]} or of another shape")
-        for folder in adapters:
-            model = _merged(model, folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        hint = "; `python tiny.py` writes the embedded default" if not Path(full).exists() else ""
-        raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}{hint}") from None
-    model.set_attn_implementation({"vision_config": "flash_windows"})
-    if cfg.freeze_vision:
-        model.model.visual.requires_grad_(False)
-    adapter = _add_adapter(model, cfg) if cfg.lora_rank else None
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # a need of reentrant checkpoints: the frozen tower would get a backward
-    return Policy(model, tokenizer, temperature, adapter)
-
-
-def _layers(path: str) -> list[str]:
-    """A model folder as [full model, adapter, ...]: an adapter's base may be an adapter folder too."""
-    file = Path(path, "adapter_config.json")
-    if not file.is_file():
-        return [path]
-    base = json.loads(file.read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{file} has no base_model_name_or_path")
-    return [*_layers(base), path]
-
-
-def _side_files(full: str) -> list[Path]:
-    """The files of a model folder beside its weights. Of a hub id all are fetched: not only what we read ourselves.
-
-    Others need the processor's chat template, for one: `chat_template.json` in the released folders.
-    """
-    ignored = [f"*{ending}" for ending in WEIGHT_FILES]
-    folder = full if Path(full).is_dir() else snapshot_download(full, ignore_patterns=ignored)
-    return [file for file in Path(folder).iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES)]
-
-
-def _merged(model, folder: str):
-    """`model` with the weights of an adapter folder added to its own, and all of it trainable."""
-    wrapper = PeftModel(model, PeftConfig.from_pretrained(folder))
-    info = wrapper.load_adapter(folder, "default")
-    if info.missing_keys or info.unexpected_keys:
-        raise ValueError(f"weights that are missing or unknown: {[*info.missing_keys, *info.unexpected_keys][:3]}")
-    return wrapper.merge_and_unload().requires_grad_(True)
-
-
-def _add_adapter(model, cfg: ModelConfig) -> PeftModel:
-    """Low-rank adapters, the only thing that is trained from here on; in float32 whatever the model's dtype.
-
-    A is random (set the seed first) and B is 0, so that the start is the model as it was. No dropout: the log-prob of
-    a sampled token and its scored one would be those of different models.
-    """
-    targets = f"{LORA_TEXT}|{LORA_MERGER}" if cfg.lora_merger else LORA_TEXT
-    model.name_or_path = cfg.path  # what peft saves as the adapter's base
-    return get_peft_model(model, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets))
-
-
-def save_model(policy: Policy, folder: str | Path, source: str) -> None:
-    """Write a Hugging Face folder: our weights, with LoRA the adapter's alone, every other file as `source` has it.
-
-    Where `source` is an adapter folder, those files are the full model's. Tensors have the names that they have in
-    the files of `source` (transformers 5 renames on loading, and renames back here) and the dtype they are trained in.
-    """
-    folder = Path(folder)
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    if policy.adapter is None:
-        policy.model.save_pretrained(aside)
-    else:
-        policy.adapter.save_pretrained(aside, save_embedding_layers=False)
-    for file in _side_files(_layers(source)[0]):
-        shutil.copyfile(file, aside / file.name)
-    if policy.adapter is not None:  # transformers takes a folder with a config.json for a full model
-        for name in ("config.json", "README.md"):
-            (aside / name).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """`merge`, in float32, so that no small update is rounded away here; a user's error ends with one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(required=True).add_parser("merge", help="write the full model of an adapter folder")
-    command.add_argument("adapter", help="folder with an adapter_config.json")
-    command.add_argument("out", help="folder to write")
-    args = parser.parse_args(argv)
-    try:
-        if len(_layers(args.adapter)) == 1:
-            raise ValueError(f"{args.adapter} is no adapter folder: it has no adapter_config.json")
-        if Path(args.out).exists():
-            raise ValueError(f"{args.out} exists")
-        save_model(load_policy(ModelConfig(path=args.adapter)), args.out, args.adapter)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,7 @@
 Not a reader of files (data.py): it sees one dictionary at a time and opens nothing.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import Any
 
 TASKS = ("tvg", "mcqa", "gqa")
 CHAT = "chat"  # a response to imitate and no truth to score another one by: for supervised tuning alone
-FIELDS = {
+FIELDS = (
     "id", "task", "video", "duration", "question", "options", "answer", "segments",
     "clip", "fps", "source", "type", "response", "extra",
-}  # fmt: skip
+)  # fmt: skip
 CALL_NAMES = {"prompts", "completions", "completion_ids", "trainer_state"}  # what a reward function is called with
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -33,6 +34,7 @@ class Sample:
     clip: tuple[float, float] | None = None  # the part of the file to use; times count from clip[0]
     fps: float | None = None  # frames per second of a folder of frames
     type: str = ""  # question type, for metrics by type
+    source: str = ""  # the data set it was taken from
     response: str | None = None  # a full response to imitate (SFT in thinking mode)
     extra: dict[str, Any] | None = None  # further columns, for reward functions (rewards.functions)
 
@@ -60,7 +62,7 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     for key in ("id", "task", "video", "question"):
         if not isinstance(record.get(key), str) or not record[key].strip():
             raise BadRecord(f"{key} is missing or not a text")
-    unknown = set(record) - FIELDS
+    unknown = set(record) - set(FIELDS)
     if unknown:
         raise BadRecord(
             f"unknown key {sorted(unknown)[0]}; valid are {', '.join(sorted(FIELDS))}; further columns go under extra"
@@ -75,8 +77,9 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     fps = record.get("fps")
     if fps is not None and (not _is_number(fps) or fps <= 0):
         raise BadRecord(f"fps must be frames per second above 0, got {fps!r}")
-    if not isinstance(record.get("type"), str | None):
-        raise BadRecord(f"type must be a text, got {record['type']!r}")
+    for key in ("type", "source"):
+        if not isinstance(record.get(key), str | None):
+            raise BadRecord(f"{key} must be a text, got {record[key]!r}")
     if not isinstance(record.get("response"), str | None):
         raise BadRecord(f"response must be a text, got {record['response']!r}")
     if task == CHAT and not (record.get("response") or "").strip():
@@ -95,10 +98,17 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
         clip=clip,
         fps=None if fps is None else float(fps),
         type=record.get("type") or "",
+        source=record.get("source") or "",
         response=record.get("response"),
         extra=_extra(record.get("extra")),
     )
     return sample, outside
+
+
+def to_record(sample: Sample) -> dict[str, Any]:
+    """The record that `to_sample` reads as this sample, its video an absolute path: to be read from any folder."""
+    values = {name: getattr(sample, name) for name in FIELDS} | {"video": os.path.abspath(sample.video)}
+    return {name: value for name, value in values.items() if value not in (None, "")}
 
 
 def _is_number(value: Any) -> bool:
@@ -119,7 +129,7 @@ def _extra(extra: Any) -> dict[str, Any] | None:
     for key in extra or ():
         if not isinstance(key, str):
             raise BadRecord(f"extra: the key {key!r} is not a text")
-        if key in FIELDS | CALL_NAMES:
+        if key in FIELDS or key in CALL_NAMES:
             raise BadRecord(f"extra: the key {key} is taken, by a field of the record or by TRL's reward functions")
     return extra
 

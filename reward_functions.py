@@ -21,7 +21,7 @@ from typing import Any
 from rewards import Reward, score
 
 COLUMNS = (
-    "id", "task", "video", "question", "duration", "options", "answer", "segments", "clip", "fps", "type",
+    "id", "task", "video", "question", "duration", "options", "answer", "segments", "clip", "fps", "type", "source",
     "response",
 )  # fmt: skip
 _TAKEN = {"format", "answer", "iou", "total", "overlong"}  # names of metrics `reward/<part>` that are not for functions

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,20 +201,33 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
     """
     part_names, weights = PARTS[sample.task], getattr(cfg.rewards, sample.task)
     values = {"format": float(_layout_ok(text, cfg.prompt.think))}
-    parsed = True
     if "answer" in part_names:
         choice = parse_choice(text, sample.options)
-        parsed = parsed and choice is not None
         values["answer"] = float(choice is not None and choice == sample.answer)
     if "iou" in part_names:
-        segments = parse_segments(text)
-        parsed = parsed and bool(segments)
-        values["iou"] = _overlap_part(cfg.rewards.overlap, segments, sample)
-    if cfg.rewards.format_gates_task and not (parsed and values["format"]):
+        values["iou"] = _overlap_part(cfg.rewards.overlap, parse_segments(text), sample)
+    if cfg.rewards.format_gates_task and not (values["format"] and parses(text, sample)):
         values = dict.fromkeys(part_names, 0.0)
     weight = {name: getattr(weights, name) for name in part_names}
     total = sum(weight[name] * values[name] for name in part_names)
     return Reward(total / (sum(weight.values()) or 1.0), values)
+
+
+def parses(text: str, sample: Any) -> bool:
+    """Whether every part of the answer that the sample's task asks for can be read from the response."""
+    parts = PARTS[sample.task]
+    choice_ok = "answer" not in parts or parse_choice(text, sample.options) is not None
+    return choice_ok and ("iou" not in parts or bool(parse_segments(text)))
+
+
+def task_reward(task: str, parts: Mapping[str, float]) -> float:
+    """The reward without its format: the mean of the task's own parts, 1 for a perfect answer.
+
+    >>> task_reward("gqa", {"format": 1.0, "answer": 1.0, "iou": 0.5, "brevity": 0.3})
+    0.75
+    """
+    own = PARTS[task][1:]
+    return sum(parts[name] for name in own) / len(own)
 
 
 def format_answer(sample: Any) -> str:

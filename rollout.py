@@ -1,8 +1,8 @@
 """G completions per video over one prefill, sampled by Hugging Face `generate`.
 
-Not a serving engine: the prompt of each video runs once, its cache is repeated G times, and one logits processor
-draws every token, so that a sample depends on (seed, step, sample id, g) alone and its log-prob is recorded exactly as
-policy.py will score it.
+Not a serving engine: the prompt of each video runs once, all its completions read one cache of it, and one logits
+processor draws every token, so that a sample depends on (seed, step, sample id, g) alone and its log-prob is recorded
+exactly as policy.py will score it.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
 from grpo import completion_mask
 from policy import Policy, prompt_positions
@@ -62,6 +63,25 @@ class Rollout:
             truncated_B=torch.cat([rollout.truncated_B for rollout in rollouts]),
             texts=[text for rollout in rollouts for text in rollout.texts],
         )
+
+
+class GroupLayer(DynamicLayer):
+    """A layer's cache in which P prompts stand once, and only what their P x G completions add stands per row.
+
+    `update` hands the prompts' keys and values over beside the completions' own, for policy.group_attention.
+    """
+
+    def __init__(self, layer: DynamicLayer, is_real: Tensor):
+        super().__init__()
+        self.prompt = (layer.keys, layer.values, is_real)  # (P, kv heads, L, D) twice, (P, L)
+
+    def get_seq_length(self) -> int:
+        return self.prompt[0].shape[2] + super().get_seq_length()
+
+    def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(*args, **kwargs)
+        keys.prompt = self.prompt
+        return keys, values
 
 
 class GumbelSampler(LogitsProcessor):
@@ -146,7 +166,7 @@ def generate(
 
 
 def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds) -> tuple[Tensor, Tensor]:
-    """Prefill once per prompt, repeat the cache, decode; tokens and log-probs (B, T)."""
+    """Prefill once per prompt, decode G completions over its cache; tokens and log-probs (B, T)."""
     ids, mask, positions, deltas = _left_pad(policy, prompts)
     model = policy.model
     cache = model.model.language_model(
@@ -156,7 +176,7 @@ def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds) 
         use_cache=True,
     ).past_key_values
     cache.crop(-1)  # generate() runs the last prompt token again, for its logits
-    cache.batch_repeat_interleave(group_size)
+    cache.layers = [GroupLayer(layer, mask[:, :-1].bool()) for layer in cache.layers]
     ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
     model.model.rope_deltas = deltas.repeat_interleave(group_size, 0)
     sampler = GumbelSampler(policy, seeds)

@@ -21,6 +21,7 @@ metrics.jsonl holds, per step:
     logp_gap/mean, logp_gap/max   |sampled - scored log-prob| per token: 0 but for rounding, or something is wrong
     tokens/video, data/frames_cut means over the videos: tokens really used, frames that the token budget took away
     data/num_replaced             samples that could not be read and were replaced by others, see loader.py
+    data/num_active               samples that training still uses: all, unless data.refilter_every drops some
     time/data, time/data_wait     seconds until the prompts were there; waiting for decoded frames and other processes
 """
 
@@ -28,7 +29,6 @@ import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -40,12 +40,14 @@ from data import read_samples, refill_indices
 from eval import Validator
 from grpo import group_advantages, group_stats, is_mixed, overlong_penalty, policy_loss, token_weights
 from loader import Loader, make_workers
-from policy import Policy, load_policy, pack, packed_logps, save_model
+from optim import make_optimizer, set_learning_rate
+from policy import Policy, pack, packed_logps
+from pretrained import load_policy, save_model
 from prompts import make_builder, video_means, video_sums
 from reward_functions import load_functions, score_all
-from rewards import PARTS, Reward
+from rewards import PARTS, Reward, task_reward
 from rollout import Rollout, generate
-from run import Clock, Run, check_batch, check_precision, make_optimizer, set_learning_rate, user_errors
+from run import Clock, Run, check_batch, check_precision, user_errors
 
 CAUSES = {
     "no group had rewards that differ, so there was no gradient": "questions that are all too easy or too hard for "
@@ -88,7 +90,7 @@ def score_groups(rollout: Rollout, functions, cfg: GrpoConfig, step: int) -> tup
             Reward(reward.total + penalty, reward.parts | {"overlong": penalty})
             for reward, penalty in zip(earned, (cfg.loss.overlong_penalty * penalties_B).tolist(), strict=True)
         ]
-    right = [fmean(reward.parts[part] for part in PARTS[x.task][1:]) for reward, x in zip(earned, samples)]
+    right = [task_reward(sample.task, reward.parts) for reward, sample in zip(earned, samples)]
     numbers = [[reward.total for reward in rewards], [reward.total for reward in earned], right]
     tokens_B = loss_mask(rollout, cfg).sum(1).cpu()
     numbers_B4 = torch.stack([*torch.tensor(numbers, dtype=torch.float32), tokens_B.float()], dim=1)
@@ -112,8 +114,8 @@ def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, s
     `policy` is the unwrapped model. The videos of a round are shared out evenly; where they do not divide, the last
     one is sampled more than once, and once kept, so that all processes make the same calls.
     """
-    r, num_samples = cfg.rollout, len(loader.samples)
-    own, numbers = [], []
+    r = cfg.rollout
+    own, numbers, indices = [], [], []
     rollouts, video_embeds, rewards = [], [], []
     num_refills = num_groups = 0
     with clock("data"):
@@ -144,10 +146,13 @@ def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, s
             rewards += scored
         numbers.append(run.gather(numbers_PG4)[: batch.num_places])
         num_groups += batch.num_places
+        indices += batch.indices
         totals_NG, earned_NG, right_NG, tokens_NG = torch.cat(numbers).unbind(2)
-        num_missing = cfg.data.batch_size - int(is_alive(earned_NG, tokens_NG, cfg).sum())
-        wanted = refill_indices(num_samples, batch.taken, num_missing, step, num_refills + 1, cfg.run.seed)
+        alive_N = is_alive(earned_NG, tokens_NG, cfg)
+        num_missing = cfg.data.batch_size - int(alive_N.sum())
+        wanted = refill_indices(len(loader.samples), batch.taken, num_missing, step, num_refills + 1, cfg.run.seed)
         if num_refills == cfg.group.max_refills or not wanted:
+            loader.order.visited(indices, alive_N.tolist())
             rollout = Rollout.join(rollouts)
             return Groups(rollout, video_embeds, rewards, own, totals_NG, earned_NG, right_NG, tokens_NG, num_refills)
         num_refills += 1
@@ -350,6 +355,8 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
         builder = make_builder(cfg, raw.tokenizer)
         workers = make_workers(builder, cfg.data)
         validator = Validator(cfg, builder, workers, run)
+        clock = Clock()
+        loader = Loader(samples, builder, workers, cfg, run, clock)
     reference = None
     if cfg.loss.beta and cfg.model.lora_rank:
         reference = raw  # with its adapter switched off
@@ -357,9 +364,8 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
         reference = load_policy(cfg.model, cfg.rollout.temperature).to(run.accelerator.device).eval()
         reference.requires_grad_(False)
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
-    clock, alarm = Clock(), Alarm(cfg.group.warn_after)
+    alarm = Alarm(cfg.group.warn_after)
     with workers:
-        loader = Loader(samples, builder, workers, cfg, run, clock)
         for step in tqdm(range(run.start_step, cfg.run.steps), desc="grpo", disable=not run.is_main):
             with clock("step"):
                 lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
@@ -367,7 +373,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
                 with clock("update"):
                     stats = update(policy, reference, optimizer, groups, cfg, run)
             metrics = step_metrics(groups, stats, functions, cfg, run) | {"data/num_replaced": loader.num_replaced}
-            metrics |= {"lr": lr} | validator(step + 1, raw)
+            metrics |= {"data/num_active": len(loader.samples), "lr": lr} | validator(step + 1, raw)
             times = clock.times()
             run.log(step + 1, metrics | times | {"tokens_per_s": metrics["tokens/completion"] / times["time/step"]})
             rows = sample_rows(groups, step + 1)
@@ -375,7 +381,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
             if run.is_main:
                 print_step(step + 1, metrics, rows, alarm(metrics), cfg.run.print_every)
             if (step + 1) % cfg.run.save_every == 0 or step + 1 == cfg.run.steps:
-                run.save_checkpoint(step + 1, validator.state | loader.state)
+                run.save_checkpoint(step + 1, validator.state | loader.state | loader.order.state)
     if run.is_main:
         save_model(raw, run.dir / "final", cfg.model.path)
     run.finish()

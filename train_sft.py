@@ -12,11 +12,13 @@ from config import SftConfig
 from data import read_samples
 from eval import Validator
 from loader import Loader, make_workers
-from policy import load_policy, pack, save_model
+from optim import make_optimizer, set_learning_rate
+from policy import pack
+from pretrained import load_policy, save_model
 from prompts import Prompt, make_builder, video_means, video_sums
 from records import Sample
 from rewards import format_answer
-from run import Clock, Run, check_batch, check_precision, make_optimizer, set_learning_rate, user_errors
+from run import Clock, Run, check_batch, check_precision, user_errors
 
 
 def target_text(sample: Sample, think: bool) -> str:
@@ -64,10 +66,10 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
         builder = make_builder(cfg, raw.tokenizer)
         workers = make_workers(builder, cfg.data)
         validator = Validator(cfg, builder, workers, run)
-    policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
-    clock = Clock()
-    with workers:
+        clock = Clock()
         loader = Loader(samples, builder, workers, cfg, run, clock)
+    policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
+    with workers:
         for step in tqdm(range(run.start_step, cfg.run.steps), desc="sft", disable=not run.is_main):
             with clock("step"):
                 lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)

@@ -38,7 +38,8 @@ from transformers import LogitsProcessorList
 
 import tiny
 from config import ModelConfig
-from policy import Policy, load_policy, pack, prompt_positions
+from policy import Policy, pack, prompt_positions
+from pretrained import load_policy
 from prompts import Prompt
 from records import Sample
 from rollout import GumbelSampler, generate, row_seed

@@ -14,7 +14,8 @@ import prompts
 import tiny
 import train_sft
 import video
-from policy import Policy, load_policy
+from policy import Policy
+from pretrained import load_policy
 from run import Run
 
 REPO = Path(__file__).resolve().parents[1]
@@ -106,7 +107,7 @@ class RecordingSGD(torch.optim.SGD):
 
 
 def sgd(model, cfg) -> RecordingSGD:
-    """In the place of run.make_optimizer."""
+    """In the place of optim.make_optimizer."""
     return RecordingSGD([p for p in model.parameters() if p.requires_grad], lr=cfg.lr)
 
 

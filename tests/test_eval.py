@@ -43,7 +43,7 @@ def whole(world, tmp_path_factory):
 
 def stop_after(monkeypatch, num):
     """Let `num` batches be answered and written, then fail while the next one's line is half-written."""
-    add, done = evaluation.Answered.add, []
+    add, done = evaluation.DoneBatches.add, []
 
     def failing(self, number, rows):
         if len(done) == num:
@@ -53,7 +53,7 @@ def stop_after(monkeypatch, num):
         done.append(number)
         add(self, number, rows)
 
-    monkeypatch.setattr(evaluation.Answered, "add", failing)
+    monkeypatch.setattr(evaluation.DoneBatches, "add", failing)
 
 
 @pytest.mark.parametrize("num", [0, 1, 3])
@@ -77,8 +77,8 @@ def test_what_is_done_is_not_answered_again(world, tmp_path, monkeypatch):
         stop_after(patched, 2)
         with pytest.raises(KeyboardInterrupt):
             evaluation.main(args_of(world, tmp_path / "parts"))
-    added, add = [], evaluation.Answered.add
-    monkeypatch.setattr(evaluation.Answered, "add", lambda self, n, rows: (added.append(n), add(self, n, rows)))
+    added, add = [], evaluation.DoneBatches.add
+    monkeypatch.setattr(evaluation.DoneBatches, "add", lambda self, n, rows: (added.append(n), add(self, n, rows)))
     evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
     num = len(ids_of(tmp_path / "parts" / "predictions.jsonl"))
     assert added == list(range(2, -(-num // 4)))
@@ -141,13 +141,13 @@ def test_going_on_with_other_questions_or_another_config_is_refused(world, tmp_p
         ):
             evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
         patched.undo()
-        patched.setattr(evaluation, "fingerprint", lambda policy: "trained on")
+        patched.setattr(evaluation.Policy, "fingerprint", lambda policy: "trained on")
         with pytest.raises(SystemExit, match="answers by other weights"):
             evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
     (part,) = (tmp_path / "parts").glob("answers.*.jsonl")
     answered, question = part.read_bytes(), read_jsonl(world / "tvg_test.jsonl")[0]["question"]
     for content, reason in (
-        (answered.replace(question.encode(), b"another one", 1), "batch 0 is of other questions than"),
+        (answered.replace(question.encode(), b"another one", 1), "batch 0 is of other samples than"),
         (b'{"batch": 0}\n', "not a line of answers"),
         (b"[]\n", "not a line of answers"),
         (b"{\n", "not a line of answers"),
@@ -162,7 +162,7 @@ def test_a_video_that_could_not_be_read_is_tried_again(world, tmp_path, monkeypa
     data = write_data(world, tmp_path / "data", 8, {1: b"no video"})
     words = args_of(world, tmp_path / "parts", f"data.test={data}")
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.Answered, "gather", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(evaluation.DoneBatches, "gather", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             evaluation.main(words)
     good = read_jsonl(world / "tvg_train.jsonl")[1]["video"]

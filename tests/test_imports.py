@@ -10,12 +10,15 @@ import pytest
 from conftest import REPO
 
 CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "reward_functions", "grpo"}
-CORE |= {"run"}
+CORE |= {"pretrained", "run", "optim"}
 MAY_IMPORT = {
     "train_grpo": CORE | {"eval", "plan"},
-    "train_sft": {"config", "data", "records", "prompts", "loader", "policy", "rewards", "run", "eval"},
-    "select_data": CORE,
-    "eval": CORE - {"grpo"} | {"video", "workers", "metrics", "compare", "plain"},
+    "train_sft": CORE - {"rollout", "reward_functions", "grpo"} | {"eval"},
+    "select_data": CORE | {"batches", "scores", "selection", "video", "workers"},
+    "batches": {"records", "run"},
+    "scores": {"loader", "records", "run"},
+    "selection": {"grpo"},
+    "eval": CORE - {"grpo"} | {"video", "workers", "batches", "metrics", "compare", "plain"},
     "metrics": {"plain", "rewards"},
     "plain": {"rewards"},
     "compare": {"metrics", "data", "run"},
@@ -29,6 +32,7 @@ MAY_IMPORT = {
     "reward_functions": {"rewards"},
     "grpo": set(),
     "run": set(),
+    "optim": set(),
     "data": {"records", "manifest"},
     "records": set(),
     "manifest": {"records", "video", "workers"},
@@ -39,11 +43,16 @@ MAY_IMPORT = {
     "readers": set(),
     "cache": set(),
     "policy": {"config", "prompts"},
+    "pretrained": {"config", "policy"},
     "rollout": {"config", "prompts", "policy", "grpo"},
+    "jobs": set(),
+    "seeds": {"metrics"},
+    "arms": {"config", "data", "jobs", "metrics", "records", "rewards"},
 }
 FILES = sorted(REPO.glob("*.py"))
 OURS = {path.stem for path in FILES}
-TOPS = {"demo", "tiny"}  # nothing imports them; demo may import anything
+TOPS = {"demo", "ablations", "tiny"}  # nothing imports them
+FREE = {"demo", "ablations"}  # they may import anything, and write the tiny world
 
 
 def imports(path: Path) -> set[str]:
@@ -67,16 +76,16 @@ def test_the_imports_are_found(tmp_path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_file_imports_only_what_the_table_allows(path):
-    if path.stem == "demo":
+    if path.stem in FREE:
         return
     assert path.stem in MAY_IMPORT, f"{path.name} is not in the table"
     assert imports(path) & OURS <= MAY_IMPORT[path.stem]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_nothing_imports_the_tiny_world_or_the_demo(path):
-    """The embedded default is ordinary files; only the demo, which writes them, knows where they come from."""
-    allowed = {"tiny"} if path.stem == "demo" else set()
+def test_nothing_imports_the_tiny_world_or_what_is_run_with_it(path):
+    """The embedded default is ordinary files; only what writes them knows where they come from."""
+    allowed = {"tiny"} if path.stem in FREE else set()
     assert imports(path) & TOPS <= allowed
 
 

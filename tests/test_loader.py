@@ -17,7 +17,7 @@ import prompts
 import train_grpo
 import train_sft
 from data import batch_indices, spare_indices
-from loader import Loader
+from loader import Loader, Order
 from records import Sample
 from video import VideoError
 from workers import Call, CallFailed
@@ -187,6 +187,106 @@ def test_a_place_that_nothing_can_fill_ends_the_run(tmp_path):
     loader = make_loader(tmp_path, FakeWorkers(bad=["r2"]), num=4, max_bad_share=1.0)
     with pytest.raises(SystemExit, match=r"error: 1 of the 4 samples asked for .* nothing was left"):
         loader.batch(0)
+
+
+# ---- dropping, and from easy to hard -------------------------------------------------------------------------------
+
+
+def make_order(state=None, num=12, batch_size=4, steps=30, means=None, **data) -> Order:
+    extras = [{"reward_mean": mean} for mean in means] if means else [None] * num
+    samples = [Sample(f"r{i}", "tvg", f"{i}.mp4", "when?", extra=extra) for i, extra in enumerate(extras)]
+    data = config.DataConfig(batch_size=batch_size, **data)
+    return Order(samples, config.GrpoConfig(run=config.RunConfig(steps=steps), data=data), state)
+
+
+def run_order(order: Order, steps, alive) -> list[list[str]]:
+    """The ids of each step; groups of the samples `alive` are."""
+    asked = []
+    for step in steps:
+        order.refilter(step)
+        indices = order.indices(step)
+        asked.append([order.samples[i].id for i in indices])
+        order.visited(indices, [name in alive for name in asked[-1]])
+    return asked
+
+
+def test_without_refilter_nothing_is_dropped_or_stored():
+    order = make_order()
+    asked = run_order(order, range(9), alive=())
+    assert asked == [names(batch_indices(12, 4, step, 0)) for step in range(9)]
+    assert order.state == {} and order.end == 30
+
+
+def test_what_was_dead_is_dropped_after_so_many_epochs():
+    """Of 12 samples 2 are dead: two epochs of three steps, then two of ten samples, which are five steps."""
+    alive = set(names(range(12))) - {"r3", "r8"}
+    order = make_order(refilter_every=2)
+    first = run_order(order, range(6), alive)
+    assert Counter(name for step in first for name in step) == dict.fromkeys(names(range(12)), 2)
+    assert order.end == 6 and len(order.samples) == 12
+    second = run_order(order, range(6, 11), alive)
+    assert Counter(name for step in second for name in step) == dict.fromkeys(alive, 2)
+    assert (order.dropped, order.start, order.end) == (["r3", "r8"], 6, 11)
+    third = run_order(order, range(11, 16), alive)
+    assert len(order.samples) == 10 and third != second
+
+
+def test_the_last_visit_counts():
+    order = make_order(refilter_every=2)
+    run_order(order, range(3), alive=())
+    run_order(order, range(3, 6), alive=set(names(range(11))))
+    assert order.refilter(6) == 1 and order.dropped == ["r11"]
+
+
+def test_two_batches_are_left_whatever_is_dead():
+    order = make_order(refilter_every=1)
+    run_order(order, range(3), alive=set(names(range(7))))
+    assert order.refilter(3) == 0 and len(order.samples) == 12 and len(order.dead) == 5
+    run_order(order, range(3, 6), alive=set(names(range(8))))
+    assert order.refilter(6) == 4
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_an_order_goes_on_from_its_state(stop):
+    """Which has been through JSON, as in a checkpoint."""
+    alive = set(names(range(12))) - {"r0", "r5"}
+    whole, parts = make_order(refilter_every=1), make_order(refilter_every=1)
+    asked = run_order(whole, range(12), alive)
+    before = run_order(parts, range(stop), alive)
+    resumed = make_order(json.loads(json.dumps(parts.state))["order"], refilter_every=1)
+    assert before + run_order(resumed, range(stop, 12), alive) == asked and resumed.state == whole.state
+
+
+def test_epochs_do_not_repeat_each_other_across_droppings():
+    """Nothing is dropped, and yet each phase has permutations of its own."""
+    asked = run_order(make_order(refilter_every=1), range(9), alive=set(names(range(12))))
+    assert len({tuple(name for step in asked[i : i + 3] for name in step) for i in (0, 3, 6)}) == 3
+
+
+def test_nothing_is_started_ahead_past_a_dropping(tmp_path):
+    workers = FakeWorkers(16)
+    loader = make_loader(tmp_path, workers, num=12, refilter_every=1)
+    for step in range(6):
+        loader.batch(step)
+        loader.order.visited(range(len(loader.samples)), [i != 3 for i in range(len(loader.samples))])
+        assert len(workers.started) == (12 if step < 3 else 12 + 12)
+    assert [sample.id for sample in loader.samples] == names([0, 1, 2, *range(4, 12)])
+
+
+def test_a_curriculum_goes_from_easy_to_hard_in_every_epoch():
+    means = [0.2, 0.9, 0.5, 0.9, 0.0, 0.5, 0.7, 0.1, 0.5, 0.3, 0.9, 0.5]
+    order = make_order(means=means, order="curriculum")
+    easy = sorted(means, reverse=True)
+    asked = [order.indices(step) for step in range(6)]
+    for epoch in (asked[:3], asked[3:]):
+        places = [i for step in epoch for i in step]
+        assert [means[i] for i in places] == easy and sorted(places) == list(range(12))
+    assert asked[:3] != asked[3:]  # equals change places
+
+
+def test_a_curriculum_names_the_record_without_a_statistic():
+    with pytest.raises(ValueError, match=r"^data\.order=curriculum: record 'r0' has no number extra\.reward_mean"):
+        make_order(order="curriculum")
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from test_policy import assert_same_gradients, completions_for, gradients, repea
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import config
-import policy as policy_file
-from policy import load_policy, pack, packed_logps, save_model
+import pretrained
+from policy import pack, packed_logps
+from pretrained import load_policy, save_model
 from rollout import generate
 from video import read_geometry
 
@@ -195,7 +196,7 @@ def test_the_merged_folder_is_a_full_model_with_the_same_logits(world, family, t
     """Measured over 6 seeds: logits differ by 1.6e-6 of the largest."""
     policy, base = strong_policy(world, family), world / source(world, family)
     save_model(policy, tmp_path / "final", str(base))
-    policy_file.main(["merge", str(tmp_path / "final"), str(tmp_path / "merged")])
+    pretrained.main(["merge", str(tmp_path / "final"), str(tmp_path / "merged")])
     files = {file.name: file for file in (tmp_path / "merged").iterdir()}
     assert files.keys() == {file.name for file in base.iterdir()}
     assert all(files[f.name].read_bytes() == f.read_bytes() for f in base.iterdir() if f.suffix != ".safetensors")
@@ -263,11 +264,11 @@ def load(folder):
 def test_merging_names_what_is_wrong(world, tmp_path):
     base, adapter, out = source(world, "qwen2_5_vl"), str(tmp_path / "final"), str(tmp_path / "out")
     save_model(strong_policy(world), adapter, base)
-    text = error_of(policy_file.main, ["merge", base, out])
+    text = error_of(pretrained.main, ["merge", base, out])
     assert text == f"error: {base} is no adapter folder: it has no adapter_config.json"
-    assert error_of(policy_file.main, ["merge", adapter, base]) == f"error: {base} exists"
+    assert error_of(pretrained.main, ["merge", adapter, base]) == f"error: {base} exists"
     change_settings(adapter, base_model_name_or_path=f"{tmp_path}/gone")
-    text = error_of(policy_file.main, ["merge", adapter, out])
+    text = error_of(pretrained.main, ["merge", adapter, out])
     assert text.startswith(f"error: model.path {adapter}, an adapter of {tmp_path}/gone: ")
     assert not (tmp_path / "out").exists()
 

@@ -5,7 +5,7 @@ from conftest import make_policy, make_prompts
 from test_policy import repeated_logps
 
 from policy import pack, packed_logps, prompt_positions
-from rollout import generate, row_seed
+from rollout import GroupLayer, generate, row_seed
 
 
 def sample(policy, prompts, group_size=3, max_new_tokens=6, micro_batch_size=8, seed=0, step=0):
@@ -122,3 +122,23 @@ def test_sampling_mutates_no_input(world):
     copies, ids = [tensor.clone() for tensor in embeds], [list(prompt.ids) for prompt in prompts]
     generate(policy, prompts, embeds, 2, 4, 8)
     assert all(torch.equal(a, b) for a, b in zip(embeds, copies)) and ids == [prompt.ids for prompt in prompts]
+
+
+def test_a_prompt_is_cached_once_for_all_its_completions(world, monkeypatch):
+    """And left alone: the layers that decoding grows hold the completions' own keys only."""
+    seen, init = [], GroupLayer.__init__
+
+    def noted(layer, *args):
+        seen.append(layer)
+        init(layer, *args)
+
+    monkeypatch.setattr(GroupLayer, "__init__", noted)
+    policy = make_policy(world)
+    prompts = make_prompts(world, policy)
+    rollout = sample(policy, prompts, group_size=4)
+    longest, steps = max(len(prompt.ids) for prompt in prompts), rollout.tokens_BT.shape[1]
+    assert len(seen) == policy.model.config.text_config.num_hidden_layers
+    for layer in seen:
+        assert layer.prompt[0].shape[0] == len(prompts) and layer.prompt[0].shape[2] == longest - 1
+        assert layer.keys.shape[0] == 4 * len(prompts) and layer.keys.shape[2] == steps
+        assert layer.get_seq_length() == longest - 1 + steps

@@ -26,7 +26,8 @@ import config
 import eval as evaluation
 import train_grpo
 import train_sft
-from policy import load_policy, pack, prompt_positions, rope_positions, save_model
+from policy import pack, prompt_positions, rope_positions
+from pretrained import load_policy, save_model
 from prompts import time_step
 
 MROPE = json.loads((Path(__file__).parent / "golden" / "mrope.json").read_text())
@@ -308,7 +309,7 @@ def test_of_a_hub_id_every_side_file_is_carried(world, tmp_path, monkeypatch):
         assert any(fnmatch("model.safetensors", pattern) for pattern in ignore_patterns)
         return str(snapshot)
 
-    monkeypatch.setattr("policy.snapshot_download", download)
+    monkeypatch.setattr("pretrained.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     policy = moved_policy("tiny/world")

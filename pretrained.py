@@ -1,0 +1,145 @@
+"""Model folders: load, freeze and save a Qwen2-VL / Qwen2.5-VL model, with adapters (LoRA) or without.
+
+What is computed with one is in policy.py. A saved model is an ordinary Hugging Face folder. With LoRA it is an adapter
+folder, which `model.path` takes as well. The full model, for other programs:
+
+    python pretrained.py merge runs/grpo/final runs/grpo/merged
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+
+from config import ModelConfig
+from policy import FAMILIES, Policy
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
+LORA_TEXT = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"  # modules of both families that get an adapter
+LORA_MERGER = r"model\.visual\.merger\.mlp\.(0|2)"
+
+
+def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
+    """Load a Hugging Face folder or hub id, frozen as the config says, with new adapters where it says so (LoRA).
+
+    An adapter folder gives the full model it names with its adapter merged in, in `cfg.dtype`; a relative name counts
+    from the working folder, as all paths of a config do.
+    Raises ValueError in one line for what is missing, unreadable, of another family or short of weights.
+    """
+    full, where = cfg.path, f"model.path {cfg.path}"
+    try:
+        full, *adapters = _layers(cfg.path)
+        where += f", an adapter of {full}" if adapters else ""
+        config = AutoConfig.from_pretrained(full)
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
+        tokenizer = AutoTokenizer.from_pretrained(full)
+        _side_files(full)  # now: saving them is late to find that the hub cannot be reached
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            full, dtype=getattr(torch, cfg.dtype), attn_implementation="shared_prefix", output_loading_info=True
+        )
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise ValueError(f"no weights for {sorted(info['missing_keys'])[:3]} or of another shape")
+        for folder in adapters:
+            model = _merged(model, folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        hint = "; `python tiny.py` writes the embedded default" if not Path(full).exists() else ""
+        raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}{hint}") from None
+    model.set_attn_implementation({"vision_config": "flash_windows"})
+    if cfg.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    adapter = _add_adapter(model, cfg) if cfg.lora_rank else None
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # a need of reentrant checkpoints: the frozen tower would get a backward
+    return Policy(model, tokenizer, temperature, adapter)
+
+
+def _layers(path: str) -> list[str]:
+    """A model folder as [full model, adapter, ...]: an adapter's base may be an adapter folder too."""
+    file = Path(path, "adapter_config.json")
+    if not file.is_file():
+        return [path]
+    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{file} has no base_model_name_or_path")
+    return [*_layers(base), path]
+
+
+def _side_files(full: str) -> list[Path]:
+    """The files of a model folder beside its weights. Of a hub id all are fetched: not only what we read ourselves.
+
+    Others need the processor's chat template, for one: `chat_template.json` in the released folders.
+    """
+    ignored = [f"*{ending}" for ending in WEIGHT_FILES]
+    folder = full if Path(full).is_dir() else snapshot_download(full, ignore_patterns=ignored)
+    return [file for file in Path(folder).iterdir() if file.is_file() and not file.name.endswith(WEIGHT_FILES)]
+
+
+def _merged(model, folder: str):
+    """`model` with the weights of an adapter folder added to its own, and all of it trainable."""
+    wrapper = PeftModel(model, PeftConfig.from_pretrained(folder))
+    info = wrapper.load_adapter(folder, "default")
+    if info.missing_keys or info.unexpected_keys:
+        raise ValueError(f"weights that are missing or unknown: {[*info.missing_keys, *info.unexpected_keys][:3]}")
+    return wrapper.merge_and_unload().requires_grad_(True)
+
+
+def _add_adapter(model, cfg: ModelConfig) -> PeftModel:
+    """Low-rank adapters, the only thing that is trained from here on; in float32 whatever the model's dtype.
+
+    A is random (set the seed first) and B is 0, so that the start is the model as it was. No dropout: the log-prob of
+    a sampled token and its scored one would be those of different models.
+    """
+    targets = f"{LORA_TEXT}|{LORA_MERGER}" if cfg.lora_merger else LORA_TEXT
+    model.name_or_path = cfg.path  # what peft saves as the adapter's base
+    return get_peft_model(model, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets))
+
+
+def save_model(policy: Policy, folder: str | Path, source: str) -> None:
+    """Write a Hugging Face folder: our weights, with LoRA the adapter's alone, every other file as `source` has it.
+
+    Where `source` is an adapter folder, those files are the full model's. Tensors have the names that they have in
+    the files of `source` (transformers 5 renames on loading, and renames back here) and the dtype they are trained in.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if policy.adapter is None:
+        policy.model.save_pretrained(aside)
+    else:
+        policy.adapter.save_pretrained(aside, save_embedding_layers=False)
+    for file in _side_files(_layers(source)[0]):
+        shutil.copyfile(file, aside / file.name)
+    if policy.adapter is not None:  # transformers takes a folder with a config.json for a full model
+        for name in ("config.json", "README.md"):
+            (aside / name).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`merge`, in float32, so that no small update is rounded away here; a user's error ends with one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(required=True).add_parser("merge", help="write the full model of an adapter folder")
+    command.add_argument("adapter", help="folder with an adapter_config.json")
+    command.add_argument("out", help="folder to write")
+    args = parser.parse_args(argv)
+    try:
+        if len(_layers(args.adapter)) == 1:
+            raise ValueError(f"{args.adapter} is no adapter folder: it has no adapter_config.json")
+        if Path(args.out).exists():
+            raise ValueError(f"{args.out} exists")
+        save_model(load_policy(ModelConfig(path=args.adapter)), args.out, args.adapter)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Data selection: K responses to every item, the statistics of their rewards, and the items that a rule keeps.
+
+    python select_data.py --config configs/tiny_select.yaml
+    python select_data.py --config configs/tiny_select.yaml select.rule=top_variance select.budget=500   # at once
+    accelerate launch --config_file configs/accelerate/ddp.yaml select_data.py --config configs/tiny_select.yaml
+    python train_grpo.py --config configs/tiny.yaml data.train=runs/tiny_select/selected.jsonl
+
+It trains nothing; the rules are in selection.py. K is rollout.group_size. Into run.dir it writes
+
+    scores.jsonl      one row per item: rewards (the task's own, without the format) and their mean, std and best; the
+                      parts of each; parse_fail, truncated, sampled_tokens, prompt_tokens; or the error of its video
+    selected.jsonl    the records kept, videos as absolute paths, extra.reward_mean, reward_std and reward_best added
+    rejected.jsonl    the others, each with its reason
+    histogram.png, summary.json
+
+The same command goes on where it was killed. Once scores.jsonl is there, it applies the rule and samples nothing, so
+any key of the section select may be changed; a change of another one is an error. select.scores names other scores: a
+scores.jsonl of the same model, video, prompt, rollout and rewards, but for the keys in select.allow; or a file of rows
+with `id` and `rewards`, or `id` and `extra.difficulty` (a reward in percent, as Time-R1 publishes), whose origin
+nobody knows. Videos are not looked at then.
+"""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import config
+from batches import DoneBatches, cut, remove_lines
+from config import SelectConfig
+from data import read_samples
+from loader import NUM_LISTED, make_workers, read_ahead
+from policy import Policy
+from pretrained import load_policy
+from prompts import Prompt, PromptBuilder, make_builder
+from records import Sample, to_record
+from reward_functions import RewardFunction, load_functions, score_all
+from rewards import parses, task_reward
+from rollout import generate
+from run import UNUSED, Run, code_hash, config_differences, environment, user_errors, write_text
+from scores import SCORES, check_readable, head_of, lines_of, origin, read_scores
+from selection import Item, check_kept, choose, counts_by_stratum, plot, reason, table
+from video import VideoError
+from workers import Workers
+
+MAY_CHANGE = {"run.dir", *(f"data.{key}" for key in ("workers", "decode_timeout", "max_bad_share", "cache_dir"))}
+MAY_CHANGE |= {"data.cache_gib"}
+STEP = -1  # of the seeds: no step of training, whose first would draw the very same responses
+
+
+class SelectRun(Run):
+    """A run folder that is opened again: with nothing but the section select changed."""
+
+    def _open(self, config_yaml: str, resume: bool) -> None:
+        path = self.dir / "config.yaml"
+        if path.is_file():
+            differing = config_differences(path, config_yaml)
+            differing = {k: v for k, v in differing.items() if k not in MAY_CHANGE and not k.startswith("select.")}
+            if differing:
+                raise ValueError(
+                    f"{path} differs in {', '.join(differing.values())}: give another run.dir (there select.scores="
+                    f"{self.dir / SCORES} takes the scores of this one)"
+                )
+        elif self.dir.exists() and {e.name for e in self.dir.iterdir() if e.suffix != ".tmp"} - UNUSED:
+            raise FileExistsError(f"run.dir {self.dir} exists and is not of a selection; give another run.dir")
+        self._lock()
+        write_text(path, config_yaml)
+        if not (self.dir / "env.json").is_file():
+            write_text(self.dir / "env.json", json.dumps(environment(), indent=2) + "\n")
+
+
+def score_batches(
+    policy: Policy,
+    batches: Sequence[Sequence[Sample]],
+    builder: PromptBuilder,
+    workers: Workers,
+    functions: Sequence[RewardFunction],
+    cfg: SelectConfig,
+) -> Iterator[list[dict]]:
+    """The rows of each batch; videos of the next ones are decoded meanwhile."""
+    samples = [sample for batch in batches for sample in batch]
+    loaded = read_ahead(samples, builder, workers, cfg.rollout.micro_batch_size + 2 * workers.num)
+    for batch in batches:
+        results = list(islice(loaded, len(batch)))
+        prompts = [result for result in results if isinstance(result, Prompt)]
+        scored = iter(score_prompts(policy, prompts, functions, cfg) if prompts else ())
+        yield [
+            head_of(sample) | ({"error": str(result)} if isinstance(result, VideoError) else next(scored))
+            for sample, result in zip(batch, results, strict=True)
+        ]
+
+
+def score_prompts(
+    policy: Policy, prompts: Sequence[Prompt], functions: Sequence[RewardFunction], cfg: SelectConfig
+) -> list[dict[str, Any]]:
+    """K responses to each prompt, over one prefill, and what is written of them."""
+    size, longest = cfg.rollout.group_size, cfg.rollout.max_new_tokens
+    embeds = policy.embed_each(prompts)
+    rollout = generate(policy, prompts, embeds, size, longest, len(prompts), cfg.run.seed, STEP)
+    samples = [prompt.sample for prompt in prompts for _ in range(size)]
+    ids = [tokens for group in rollout.completions for tokens in group]
+    scored = score_all(rollout.texts, samples, cfg, functions, ids)
+    rows = []
+    for p, prompt in enumerate(prompts):
+        group = slice(p * size, (p + 1) * size)
+        task, parts = prompt.sample.task, [reward.parts for reward in scored[group]]
+        names = dict.fromkeys(name for part in parts for name in part)
+        rewards = [task_reward(task, part) for part in parts]
+        statistics = Item(prompt.sample.id, task, "", tuple(rewards)).statistics()
+        rows.append(
+            {
+                "rewards": rewards,
+                **statistics,
+                "parts": {name: [part.get(name) for part in parts] for name in names},
+                "parse_fail": sum(not parses(text, prompt.sample) for text in rollout.texts[group]),
+                "truncated": int(rollout.truncated_B[group].sum()) / size,
+                "sampled_tokens": int(rollout.mask_BT[group].sum()),
+                "prompt_tokens": len(prompt.ids),
+            }
+        )
+    return rows
+
+
+def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> None:
+    """Score what is not scored yet; leaves scores.jsonl."""
+    with user_errors():
+        functions = load_functions(cfg.rewards.functions)
+        policy = load_policy(cfg.model, cfg.rollout.temperature).to(run.accelerator.device)
+        by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
+        scores = DoneBatches(run, "scores", cut(samples, cfg.rollout.micro_batch_size), head_of, by)
+        builder = make_builder(cfg, policy.tokenizer)
+    done: list[dict] = []
+    shares: Counter[str] = Counter()
+    with make_workers(builder, cfg.data) as workers:
+        batches = [scores.batches[number] for number in scores.mine]
+        scored = score_batches(policy, batches, builder, workers, functions, cfg)
+        bar = tqdm(scored, "select", len(batches), unit="batch", disable=not run.is_main)
+        for number, rows in zip(scores.mine, bar, strict=True):
+            scores.add(number, rows)
+            done += rows
+            shares.update(reason(Item.of(row), cfg.select) or "passed" for row in rows)
+            told = " ".join(f"{name} {num / shares.total():.0%}" for name, num in shares.most_common())
+            bar.set_postfix_str(told, refresh=False)
+            with user_errors():
+                check_readable(done, len(samples), cfg.data.max_bad_share)
+    rows = scores.gather()
+    with user_errors():
+        check_readable(rows, len(rows), cfg.data.max_bad_share)
+        run.raise_together(lambda: write_text(run.dir / SCORES, lines_of(rows)))
+
+
+def apply_rule(samples: Sequence[Sample], path: Path, cfg: SelectConfig, folder: Path) -> None:
+    """Apply the rule to the scores in `path`; writes everything else into the folder and prints the table."""
+    for name in ("selected.jsonl", "rejected.jsonl", "summary.json", "histogram.png"):
+        (folder / name).unlink(missing_ok=True)  # of another rule
+    spec, rows = origin(path, config.to_yaml(cfg), cfg.select.allow), read_scores(path, samples)
+    items = [Item.of(row) for row in rows]
+    reasons = choose(items, cfg.select)
+    counts = counts_by_stratum(items, reasons)
+    print("\n".join(table(counts)))
+    for item in [item for item in items if item.error][:NUM_LISTED]:
+        print(f"unreadable: {item.id}: {item.error}")
+    write_text(folder / "rejected.jsonl", lines_of([rejected(item, why) for item, why in zip(items, reasons) if why]))
+    plot(items, reasons, cfg.select, folder / "histogram.png")
+    check_kept(reasons, cfg.select)
+    kept = [(sample, item) for sample, item, why in zip(samples, items, reasons) if not why]
+    write_text(folder / "selected.jsonl", lines_of([selected(*pair) for pair in kept]))
+    summary = {"select": dataclasses.asdict(cfg.select), "scores": cfg.select.scores or SCORES, "spec": spec}
+    summary |= {"counts": counts, "responses": responses(rows)}
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"{len(kept)} of {len(items)} items kept: {folder / 'selected.jsonl'}; see rejected.jsonl and histogram.png")
+
+
+def selected(sample: Sample, item: Item) -> dict[str, Any]:
+    """The record of a kept item."""
+    statistics = {f"reward_{name}": value for name, value in item.statistics().items()}
+    return to_record(sample) | {"extra": (sample.extra or {}) | statistics}
+
+
+def rejected(item: Item, why: str) -> dict[str, Any]:
+    row = {"id": item.id, "task": item.task, "source": item.source, "reason": why}
+    return row | ({"error": item.error} if item.error else item.statistics())
+
+
+def responses(rows: Sequence[dict]) -> dict[str, float]:
+    """What sampling cost and what became of the responses; only their number where the scores are from elsewhere."""
+    num = sum(len(row.get("rewards", ())) for row in rows)
+    sampled = [row for row in rows if "sampled_tokens" in row]
+    if not sampled:
+        return {"num": num}
+    sums = {key: sum(row[key] for row in sampled) for key in ("parse_fail", "sampled_tokens", "prompt_tokens")}
+    truncated = sum(row["truncated"] for row in sampled) / len(sampled)
+    return {"num": num, "frac_truncated": truncated, "frac_parse_fail": sums.pop("parse_fail") / num} | sums
+
+
+def select(cfg: SelectConfig) -> None:
+    with user_errors():
+        run = SelectRun(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, "none", resume=False, keep=1)
+        path = Path(cfg.select.scores) if cfg.select.scores else run.dir / SCORES
+        to_sample = not cfg.select.scores and not path.is_file()
+        data = cfg.data
+        samples = read_samples(data.train, data.out_of_clip, cfg.run.seed, data.manifest, need_videos=to_sample)
+    if to_sample:
+        sample_scores(samples, cfg, run)
+    remove_lines(run, "scores")
+    with user_errors():
+        run.raise_together(lambda: apply_rule(samples, path, cfg, run.dir))
+    run.finish()
+
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors():
+        cfg, _ = config.from_command_line(SelectConfig, argv, __doc__, "configs/tiny_select.yaml")
+    select(cfg)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
