@@ -1,4 +1,5 @@
-# make demo | test | test-slow | lint | clean; the first four make .venv when it is missing or out of date.
+# make demo | ablations | ablations-quick | test | test-slow | lint | clean; all but the last make .venv when it is
+# missing or out of date.
 #   PYTHON=python3.12 make test
 #   make demo SEED=1 DIR=runs/demo_1
 
@@ -9,10 +10,16 @@ DIR = runs/demo
 VENV = .venv/installed
 BIN = .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo ablations ablations-quick test test-slow lint clean
 
 demo: $(VENV)
 	$(BIN)/python demo.py --seed $(SEED) --dir $(DIR)
+
+ablations: $(VENV)
+	$(BIN)/python ablations.py
+
+ablations-quick: $(VENV)
+	$(BIN)/python ablations.py --quick
 
 test: lint
 	$(BIN)/python -m pytest -q

@@ -12,12 +12,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from jobs import Job, report, run_all
+
 VARIANTS = {  # recipe files and overrides after configs/tiny.yaml
     "GRPO (tiny.yaml)": [],
     "DAPO": ["configs/dapo.yaml"],
@@ -27,35 +28,28 @@ VARIANTS = {  # recipe files and overrides after configs/tiny.yaml
     "GRPO, mu = 2": ["loss.updates_per_rollout=2"],
 }
 LAST = 20  # steps at the end that training figures are averaged over
+BASE_S, TRAIN_S, EVAL_S = 240.0, 180.0, 10.0  # expected on one thread
 
 
-def call(script: str, *words: str, folder: Path, threads: int) -> None:
-    """Run one of the commands; its output goes to a .log beside the run folder."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".log"), "w") as log:
-        command = [sys.executable, script, *words, f"run.dir={folder}"]
-        subprocess.run(command, cwd=REPO, env=environment, stdout=log, stderr=log, check=True)
+def jobs_of(root: Path, seeds: list[int]) -> list[Job]:
+    """A base for each seed, every variant of it, and the tests of those."""
+    found = [
+        job(f"base_{seed}", ["train_sft.py", "--config", "configs/tiny_base.yaml", f"run.seed={seed}"], seconds=BASE_S)
+        for seed in seeds
+    ]
+    for variant, seed in [(variant, seed) for seed in seeds for variant in VARIANTS]:
+        name, start = f"{slug(variant)}_{seed}", f"base_{seed}"
+        overrides = [f"model.path={root / start / 'final'}", f"run.seed={seed}", "eval.every=0"]
+        words = ["train_grpo.py", "--config", "configs/tiny.yaml", *VARIANTS[variant], *overrides]
+        found.append(job(name, words, start, seconds=TRAIN_S))
+        overrides = [f"model.path={root / name / 'final'}", f"run.seed={seed}"]
+        words = ["eval.py", "run", "--config", "configs/tiny_eval.yaml", *overrides]
+        found.append(job(f"eval_{name}", words, name, seconds=EVAL_S))
+    return found
 
 
-def train_base(root: Path, seed: int, threads: int) -> None:
-    folder = root / f"base_{seed}"
-    if not (folder / "final").is_dir():
-        call("train_sft.py", "--config", "configs/tiny_base.yaml", f"run.seed={seed}", folder=folder, threads=threads)
-
-
-def evaluate(root: Path, name: str, seed: int, threads: int) -> None:
-    words = ["run", "--config", "configs/tiny_eval.yaml", f"model.path={root / name / 'final'}", f"run.seed={seed}"]
-    call("eval.py", *words, folder=root / f"eval_{name}", threads=threads)
-
-
-def train_variant(root: Path, variant: str, seed: int, threads: int) -> None:
-    name = f"{slug(variant)}_{seed}"
-    words = ["--config", "configs/tiny.yaml", *VARIANTS[variant], f"model.path={root}/base_{seed}/final"]
-    if not (root / name / "final").is_dir():
-        call("train_grpo.py", *words, f"run.seed={seed}", "eval.every=0", folder=root / name, threads=threads)
-    if not (root / f"eval_{name}" / "metrics.json").is_file():
-        evaluate(root, name, seed, threads)
+def job(name: str, words: list[str], *needs: str, seconds: float) -> Job:
+    return Job(name, lambda: words, needs, seconds)
 
 
 def slug(variant: str) -> str:
@@ -113,12 +107,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on its share of the threads")
     args = parser.parse_args()
     root, threads = args.dir.resolve(), max(1, (os.cpu_count() or 1) // args.jobs)
-    pairs = [(variant, seed) for seed in args.seeds for variant in VARIANTS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: train_base(root, seed, threads), args.seeds))
-        done = pool.map(lambda pair: train_variant(root, *pair, threads), pairs)
-        for (variant, seed), _ in zip(pairs, done, strict=True):
-            print(f"seed {seed}: {variant} done", file=sys.stderr, flush=True)
+    try:
+        failed = run_all(jobs_of(root, args.seeds), root, args.jobs, threads)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if failed:
+        raise SystemExit(report(failed))
     text, results = table(root, args.seeds)
     print(text)
     print(json.dumps(results))

@@ -1,0 +1,93 @@
+"""Results over seeds: means, intervals over seeds and questions, paired differences, a table, a figure. Nothing to run.
+
+It trains and scores nothing: `Values` in, numbers out. Used by ablations.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from metrics import NUM_RESAMPLES
+
+Values = Mapping[str, Mapping[str, float]]  # of one seed's model: percent by column and question
+
+
+def crossed_interval(values_SN: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of S seeds x N questions and its bootstrap 95% interval, seeds and questions both drawn anew.
+
+    All seeds answer the same questions, so the seeds of a resample share its questions (two-way bootstrap; Owen 2007,
+    "The pigeonhole bootstrap"). Percentiles of 1,000 resamples. Of one seed questions alone are drawn; of three it is
+    a rough guide, as ten different draws of seeds are all there are.
+    """
+    (num_seeds, num), rng = values_SN.shape, np.random.default_rng(seed)
+    seeds_RS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES) / num_seeds
+    questions_RN = rng.multinomial(num, np.full(num, 1 / num), size=NUM_RESAMPLES) / num
+    means_R = ((seeds_RS @ values_SN) * questions_RN).sum(1)
+    low, high = np.percentile(means_R, (2.5, 97.5))
+    return float(values_SN.mean()), float(low), float(high)
+
+
+def matrix(by_seed: Mapping[int, Values], column: str, seeds: Sequence[int]) -> np.ndarray:
+    """(seeds, questions) of one column, questions sorted. Raises ValueError where two seeds have other questions."""
+    questions = sorted(by_seed[seeds[0]][column])
+    if any(sorted(by_seed[seed][column]) != questions for seed in seeds):
+        raise ValueError(f"{column}: the seeds {list(seeds)} answered different questions")
+    return np.array([[by_seed[seed][column][question] for question in questions] for seed in seeds])
+
+
+def statistics(by_seed: Mapping[int, Values]) -> dict[str, dict[str, Any]]:
+    """By column: `mean`, `std` over seeds (None of one), `ci95` and the mean of each of the `seeds`."""
+    seeds = sorted(by_seed)
+    found = {}
+    for column in by_seed[seeds[0]]:
+        values_SN = matrix(by_seed, column, seeds)
+        mean, *ci95 = crossed_interval(values_SN)
+        means_S = values_SN.mean(1)
+        std = float(means_S.std(ddof=1)) if len(seeds) > 1 else None
+        found[column] = {"mean": mean, "std": std, "ci95": ci95, "seeds": dict(zip(map(str, seeds), means_S.tolist()))}
+    return found
+
+
+def differences(by_seed: Mapping[int, Values], others: Mapping[int, Values]) -> dict[str, dict[str, Any]]:
+    """By column: mean of ours - theirs, paired by seed and question, over the seeds that both have, and `ci95`."""
+    seeds = sorted(by_seed.keys() & others.keys())
+    found = {}
+    for column in by_seed[seeds[0]] if seeds else ():
+        if by_seed[seeds[0]][column].keys() != others[seeds[0]][column].keys():
+            raise ValueError(f"{column}: the two sides answered different questions")
+        ours_SN, theirs_SN = matrix(by_seed, column, seeds), matrix(others, column, seeds)
+        mean, *ci95 = crossed_interval(ours_SN - theirs_SN)
+        means_S = (ours_SN - theirs_SN).mean(1)
+        found[column] = {"mean": mean, "ci95": ci95, "seeds": dict(zip(map(str, seeds), means_S.tolist()))}
+    return found
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    """Markdown: every row's mean ± standard deviation over seeds, then the differences with their intervals."""
+    lines = ["| |" + "|".join(columns) + "|", "|---|" + "---|" * len(columns)]
+    for label, row in rows.items():
+        cells = [row["values"][column] for column in columns]
+        shown = [f"{c['mean']:.1f}" + ("" if c["std"] is None else f" ± {c['std']:.1f}") for c in cells]
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    for label, row in rows.items():
+        for other, difference in row["minus"].items():
+            cells = [difference[column] for column in columns]
+            shown = [f"{c['mean']:+.1f} [{c['ci95'][0]:+.1f}, {c['ci95'][1]:+.1f}]" for c in cells]
+            lines.append(f"| ({label}) - ({other}) | " + " | ".join(shown) + " |")
+    return lines
+
+
+def dots(rows: Mapping[str, Mapping[str, Any]], column: str, name: str, ax: Axes) -> None:
+    """One line per row, the first on top: a small dot per seed, the mean and its 95% interval."""
+    labels = list(rows)
+    for place, label in enumerate(labels):
+        cell = rows[label]["values"][column]
+        means = list(cell["seeds"].values())
+        ax.plot(means, [place + 0.2] * len(means), "o", color="tab:gray", markersize=4, label="a seed")
+        low, high = cell["ci95"]
+        ax.plot([low, high], [place, place], color="tab:blue", label="95% interval")
+        ax.plot(cell["mean"], place, "D", color="tab:blue", markersize=6, label="mean")
+    ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlabel=f"{name} (%)")
+    ax.grid(axis="x", alpha=0.3)
