@@ -6,8 +6,8 @@ Exactly C tokens a response after a prompt of P, the tiny Qwen2.5-VL of bench_pr
 Every call starts from patches and token ids. What it spends is timed inside it:
 
     tower     the vision tower, once per video whatever K is
-    prefill   the prompt through the language model, once, its cache repeated K times; texts of the responses
-    decode    Hugging Face's generate() on that cache: C steps of K rows, the sampler among them
+    prefill   the prompt through the language model, once; texts of the responses
+    decode    Hugging Face's generate() over that cache: C steps of K rows, the sampler among them
     reward    rewards of the K responses and the row written of them
 
 Prompt work is tower + prefill, what K calls of one response would do K times. `apart` is that, 8 calls of K = 1. The
