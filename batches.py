@@ -5,7 +5,9 @@ For evaluation and selection, whose rows depend on nothing but their own batch. 
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -51,7 +53,7 @@ class DoneBatches:
         return self.todo[self.run.accelerator.process_index :: self.run.accelerator.num_processes]
 
     def _read(self) -> None:
-        for path in sorted(self.run.dir.glob(f"{self.name}.*.jsonl")):
+        for path in lines_files(self.run, self.name):
             whole, _, torn = path.read_bytes().rpartition(b"\n")
             if torn:
                 os.truncate(path, len(whole) + 1 if whole else 0)
@@ -85,7 +87,12 @@ class DoneBatches:
         return [row for number in range(len(self.batches)) for row in rows[number]]
 
 
+def lines_files(run: Run, name: str) -> list[Path]:
+    """`<name>.<rank>.jsonl` of the run folder; a file that somebody else put there is none."""
+    return sorted(path for path in run.dir.iterdir() if re.fullmatch(rf"{name}\.\d+\.jsonl", path.name))
+
+
 def remove_lines(run: Run, name: str) -> None:
     """Remove the lines of batches once their rows stand in a finished file. Main process only acts."""
-    for path in run.dir.glob(f"{name}.*.jsonl") if run.is_main else ():
+    for path in lines_files(run, name) if run.is_main else ():
         path.unlink()

@@ -140,7 +140,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, spans=Non
     Shapes: query (1, heads, S, D), key and value (1, kv heads, S, D); returns (1, S, heads, D), None.
     """
     if hasattr(key, "prompt"):
-        return group_attention(module, query, key, value, *key.prompt, **kwargs), None
+        return group_attention(module, query, key, value, key.prompt, **kwargs), None
     if spans is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs, sizes = [], [span.end - span.start for span in spans]  # one split: a slice each costs its backward O(S)
@@ -155,20 +155,30 @@ def shared_prefix_attention(module, query, key, value, attention_mask, spans=Non
     return torch.cat(outputs, dim=1), None
 
 
-def group_attention(module, query, key, value, prompt_key, prompt_value, is_real, **kwargs) -> Tensor:
+@dataclass
+class SharedPrompt:
+    """One layer's keys and values (P, kv heads, L, D) of P prompts, which the completions of each of them share."""
+
+    keys: Tensor
+    values: Tensor
+    is_real: Tensor  # (P, L) bool, False on padding
+    num_reads: int = 0  # by group_attention; 0 after sampling: the completions never saw the prompt
+
+
+def group_attention(module, query, key, value, prompt: SharedPrompt, **kwargs) -> Tensor:
     """Attention of one new token of each of P x G completions, over its prompt and its own past, as in a packed row.
 
     The G tokens are queries of one call over the keys of prompt and completions: a prompt's stand there once.
-    Shapes: query (B, heads, 1, D), key and value (B, kv heads, t, D) of the completions, `prompt_key` and
-    `prompt_value` (P, kv heads, L, D), `is_real` (P, L) bool, False on padding; returns (B, 1, heads, D).
+    Shapes: query (B, heads, 1, D), key and value (B, kv heads, t, D) of the completions; returns (B, 1, heads, D).
     """
-    num, size = len(prompt_key), len(query) // len(prompt_key)
+    prompt.num_reads += 1
+    num, size = len(prompt.keys), len(query) // len(prompt.keys)
     keys, values = (
-        torch.cat([prompt, own.unflatten(0, (num, size)).transpose(1, 2).flatten(2, 3)], dim=2)
-        for prompt, own in ((prompt_key, key), (prompt_value, value))
+        torch.cat([shared, own.unflatten(0, (num, size)).transpose(1, 2).flatten(2, 3)], dim=2)
+        for shared, own in ((prompt.keys, key), (prompt.values, value))
     )
     own_mask = torch.eye(size, dtype=torch.bool, device=key.device).repeat_interleave(key.shape[2], dim=1)
-    mask = torch.cat([x.expand(num, 1, size, -1) for x in (is_real[:, None, None], own_mask)], dim=3)
+    mask = torch.cat([x.expand(num, 1, size, -1) for x in (prompt.is_real[:, None, None], own_mask)], dim=3)
     q = query.unflatten(0, (num, size)).squeeze(3).transpose(1, 2)
     return sdpa_attention_forward(module, q, keys, values, mask, is_causal=False, **kwargs)[0].flatten(0, 1)[:, None]
 

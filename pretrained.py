@@ -39,6 +39,8 @@ def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
         config = AutoConfig.from_pretrained(full)
         if config.model_type not in FAMILIES:
             raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
+        if set(getattr(config.text_config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            raise ValueError("a sliding window (use_sliding_window) is not supported")
         tokenizer = AutoTokenizer.from_pretrained(full)
         _side_files(full)  # now: saving them is late to find that the hub cannot be reached
         model, info = AutoModelForImageTextToText.from_pretrained(

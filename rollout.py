@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from grpo import completion_mask
-from policy import Policy, prompt_positions
+from policy import Policy, SharedPrompt, prompt_positions
 from prompts import Prompt
 
 
@@ -73,10 +73,10 @@ class GroupLayer(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, is_real: Tensor):
         super().__init__()
-        self.prompt = (layer.keys, layer.values, is_real)  # (P, kv heads, L, D) twice, (P, L)
+        self.prompt = SharedPrompt(layer.keys, layer.values, is_real)
 
     def get_seq_length(self) -> int:
-        return self.prompt[0].shape[2] + super().get_seq_length()
+        return self.prompt.keys.shape[2] + super().get_seq_length()
 
     def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
         keys, values = super().update(*args, **kwargs)
@@ -189,6 +189,8 @@ def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds) 
         logits_processor=LogitsProcessorList([sampler]),
     )
     model.model.rope_deltas = None
+    if not all(layer.prompt.num_reads for layer in cache.layers):
+        raise RuntimeError("the prompt's cache was not read: transformers hands keys over in another way than it did")
     return output[:, ids.shape[1] :], torch.stack(sampler.logps, 1)
 
 

@@ -152,10 +152,7 @@ class Run:
 
     def _check_same_config(self, config_yaml: str) -> None:
         path = self.dir / "config.yaml"
-        try:
-            differences = config_differences(path, config_yaml)
-        except (yaml.YAMLError, AttributeError):
-            raise ValueError(f"--resume: {path} is not a configuration") from None
+        differences = config_differences(path, config_yaml)
         differing = [text for key, text in differences.items() if key not in MAY_CHANGE]
         if differing:
             raise ValueError(f"--resume: {path} differs in {', '.join(differing)}")
@@ -293,7 +290,10 @@ def check_batch(size: int, accelerator: Accelerator) -> None:
 
 def config_differences(path: Path, config_yaml: str) -> dict[str, str]:
     """Keys (section.key) whose values differ in a config.yaml and in this text, each with a text that says how."""
-    old, new = flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(config_yaml))
+    try:
+        old, new = flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(config_yaml))
+    except (yaml.YAMLError, AttributeError):
+        raise ValueError(f"{path} is not a configuration") from None
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return {key: f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differing}
 

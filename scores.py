@@ -4,6 +4,7 @@ Not a judge of items (selection.py). A row has `id`, `task`, `source` and either
 to 1, or the `error` of its video; what else select_data.py writes into one is for people. Nothing to run.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,16 +36,21 @@ def lines_of(rows: Sequence[dict]) -> str:
 
 
 def head_of(sample: Sample) -> dict[str, str]:
-    """What every row says of its sample; its source is, unless it names one, what stands before the / of its id."""
+    """What every row says of its sample; its source is, unless it names one, what stands before the / of its id.
+
+    `item` is a hash of what the rewards depend on: scores of an item that has changed since are an error.
+    """
     head, slash, _ = sample.id.partition("/")
-    return {"id": sample.id, "task": sample.task, "source": sample.source or (head if slash else "")}
+    asked = (sample.question, sample.options, sample.answer, sample.segments, sample.clip, Path(sample.video).name)
+    item = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+    return {"id": sample.id, "task": sample.task, "source": sample.source or (head if slash else ""), "item": item}
 
 
 def read_scores(path: Path, samples: Sequence[Sample]) -> list[dict]:
     """The rows of a score file in the order of the samples, with their task and source. Raises ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"select.scores {path} not found")
-    known = {sample.id for sample in samples}
+    known = {sample.id: head_of(sample)["item"] for sample in samples}
     rows: dict[str, dict] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -55,6 +61,10 @@ def read_scores(path: Path, samples: Sequence[Sample]) -> list[dict]:
                 raise ValueError(f"the id {row['id']!r} stands in a row before it")
             if row["id"] not in known:
                 raise ValueError(f"the id {row['id']!r} is not in data.train: scores of other data")
+            if row.get("item", known[row["id"]]) != known[row["id"]]:
+                raise ValueError(
+                    f"{row['id']!r} was scored with another question or truth than data.train has now"
+                )
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         rows[row["id"]] = row
@@ -68,7 +78,9 @@ def _checked(row: Any) -> dict:
     """A row with `id`, and with an `error` or `rewards`, which `extra.difficulty` may stand for."""
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
         raise ValueError("expected an object with a text under id")
-    if isinstance(row.get("error"), str):
+    if not isinstance(row.get("parse_fail", 0), int):
+        raise ValueError("parse_fail must be a whole number")
+    if isinstance(row.get("error"), str) and row["error"]:
         return {"id": row["id"], "error": row["error"]}
     extra = row.get("extra")
     if "rewards" not in row and isinstance(extra, dict) and _is_number(extra.get("difficulty")):

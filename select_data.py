@@ -59,7 +59,8 @@ class SelectRun(Run):
 
     def _open(self, config_yaml: str, resume: bool) -> None:
         path = self.dir / "config.yaml"
-        if path.is_file():
+        used = self.dir.exists() and {e.name for e in self.dir.iterdir() if e.suffix != ".tmp"} - UNUSED
+        if path.is_file() and used:
             differing = config_differences(path, config_yaml)
             differing = {k: v for k, v in differing.items() if k not in MAY_CHANGE and not k.startswith("select.")}
             if differing:
@@ -67,7 +68,7 @@ class SelectRun(Run):
                     f"{path} differs in {', '.join(differing.values())}: give another run.dir (there select.scores="
                     f"{self.dir / SCORES} takes the scores of this one)"
                 )
-        elif self.dir.exists() and {e.name for e in self.dir.iterdir() if e.suffix != ".tmp"} - UNUSED:
+        elif used:
             raise FileExistsError(f"run.dir {self.dir} exists and is not of a selection; give another run.dir")
         self._lock()
         write_text(path, config_yaml)
@@ -157,11 +158,11 @@ def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> Non
 
 def apply_rule(samples: Sequence[Sample], path: Path, cfg: SelectConfig, folder: Path) -> None:
     """Apply the rule to the scores in `path`; writes everything else into the folder and prints the table."""
-    for name in ("selected.jsonl", "rejected.jsonl", "summary.json", "histogram.png"):
-        (folder / name).unlink(missing_ok=True)  # of another rule
     spec, rows = origin(path, config.to_yaml(cfg), cfg.select.allow), read_scores(path, samples)
     items = [Item.of(row) for row in rows]
     reasons = choose(items, cfg.select)
+    for name in ("selected.jsonl", "rejected.jsonl", "summary.json", "histogram.png"):
+        (folder / name).unlink(missing_ok=True)  # of another rule
     counts = counts_by_stratum(items, reasons)
     print("\n".join(table(counts)))
     for item in [item for item in items if item.error][:NUM_LISTED]:
@@ -191,7 +192,7 @@ def rejected(item: Item, why: str) -> dict[str, Any]:
 def responses(rows: Sequence[dict]) -> dict[str, float]:
     """What sampling cost and what became of the responses; only their number where the scores are from elsewhere."""
     num = sum(len(row.get("rewards", ())) for row in rows)
-    sampled = [row for row in rows if "sampled_tokens" in row]
+    sampled = [row for row in rows if {"sampled_tokens", "prompt_tokens", "parse_fail", "truncated"} <= row.keys()]
     if not sampled:
         return {"num": num}
     sums = {key: sum(row[key] for row in sampled) for key in ("parse_fail", "sampled_tokens", "prompt_tokens")}
@@ -208,7 +209,8 @@ def select(cfg: SelectConfig) -> None:
         samples = read_samples(data.train, data.out_of_clip, cfg.run.seed, data.manifest, need_videos=to_sample)
     if to_sample:
         sample_scores(samples, cfg, run)
-    remove_lines(run, "scores")
+    if path == run.dir / SCORES:
+        remove_lines(run, "scores")
     with user_errors():
         run.raise_together(lambda: apply_rule(samples, path, cfg, run.dir))
     run.finish()

@@ -143,8 +143,8 @@ def within_budget(items: Sequence[Item], passed: Sequence[int], cfg) -> set[int]
 def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:
     """`budget` shared out in proportion to `sizes`, never more than there is (Hamilton's method; ties: the first).
 
-    >>> largest_remainder([50, 30, 20], 7), largest_remainder([2, 1], 5)  # 3.5, 2.1, 1.4
-    ([4, 2, 1], [2, 1])
+    >>> largest_remainder([20, 30, 50], 7), largest_remainder([2, 1], 5)  # 1.4, 2.1, 3.5
+    ([1, 2, 4], [2, 1])
     """
     total = sum(sizes)
     budget = min(budget, total)

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForImageTextToText
 
 import config
-from policy import group_attention, pack, packed_logps, prompt_positions, rope_positions
+from policy import SharedPrompt, group_attention, pack, packed_logps, prompt_positions, rope_positions
 from pretrained import load_policy, save_model
 from prompts import time_step
 
@@ -283,7 +283,7 @@ def test_group_attention_is_attention_over_the_repeated_prompt():
     key, value = torch.randn(2, num * group, num_kv, own, dim, generator=generator)
     is_real = torch.arange(length) >= torch.tensor([[0], [3]])
     module = SimpleNamespace(num_key_value_groups=heads // num_kv, training=False)
-    ours = group_attention(module, query, key, value, prompt_key, prompt_value, is_real, scaling=0.3)
+    ours = group_attention(module, query, key, value, SharedPrompt(prompt_key, prompt_value, is_real), scaling=0.3)
     keys, values = (
         torch.cat([prompt.repeat_interleave(group, 0), each], 2).repeat_interleave(heads // num_kv, 1)
         for prompt, each in ((prompt_key, key), (prompt_value, value))

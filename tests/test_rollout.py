@@ -1,5 +1,6 @@
 """Sampling over one prefill: the same distribution, tokens and log-probs as the plain way."""
 
+import pytest
 import torch
 from conftest import make_policy, make_prompts
 from test_policy import repeated_logps
@@ -139,6 +140,22 @@ def test_a_prompt_is_cached_once_for_all_its_completions(world, monkeypatch):
     longest, steps = max(len(prompt.ids) for prompt in prompts), rollout.tokens_BT.shape[1]
     assert len(seen) == policy.model.config.text_config.num_hidden_layers
     for layer in seen:
-        assert layer.prompt[0].shape[0] == len(prompts) and layer.prompt[0].shape[2] == longest - 1
+        assert layer.prompt.keys.shape[0] == len(prompts) and layer.prompt.keys.shape[2] == longest - 1
         assert layer.keys.shape[0] == 4 * len(prompts) and layer.keys.shape[2] == steps
         assert layer.get_seq_length() == longest - 1 + steps
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_completions_that_do_not_see_their_prompt_are_an_error(world, monkeypatch, num):
+    """The prompt's cache goes along with the keys: copied on the way, a single prompt was left out without a word."""
+
+    def copying(self, *args, **kwargs):
+        keys, values = update(self, *args, **kwargs)
+        return keys.clone(), values
+
+    update = GroupLayer.update
+    monkeypatch.setattr(GroupLayer, "update", copying)
+    policy = make_policy(world)
+    prompts = make_prompts(world, policy, num)[:num]
+    with pytest.raises(RuntimeError):
+        generate(policy, prompts, policy.embed_each(prompts), 2, 3, num)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -553,3 +554,41 @@ def test_two_processes_refilter_as_one(world, taught, tmp_path):
 def test_supervised_tuning_has_no_groups_to_refilter_by():
     with pytest.raises(ValueError, match=r"data\.refilter_every must be 0"):
         config.SftConfig(data=config.DataConfig(refilter_every=1))
+
+
+def test_a_typo_in_scores_costs_nothing_that_is_there(whole, model, train, tmp_path):
+    """Neither the batches of a run that was stopped nor the results of another rule, nor a copy that somebody made."""
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "selected.jsonl", "rejected.jsonl", "summary.json", "histogram.png"):
+        (tmp_path / "run" / name).write_bytes((whole / "run" / name).read_bytes())
+    for name in ("scores.0.jsonl", "scores.backup.jsonl"):
+        (tmp_path / "run" / name).write_text("precious")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "config.yaml"}
+    assert "not found" in fails(arguments(tmp_path, model, train, "select.scores=typo.jsonl"))
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+
+
+def test_a_typo_in_the_first_command_does_not_block_the_folder(model, train, tmp_path):
+    assert "not found" in fails(arguments(tmp_path, model, "data.train=typo.yaml"))
+    select_data.main(arguments(tmp_path, model, train))
+    assert (tmp_path / "run" / "selected.jsonl").is_file()
+
+
+def test_scores_of_another_truth_are_refused(again, model, train):
+    """The same ids with other segments: rewards against the old truth would have stood beside the new one."""
+    path = Path(train.partition("=")[2])
+    before = path.read_text()
+    rows = read_jsonl(path)
+    row = next(row for row in rows if row.get("segments"))
+    row["segments"] = [[0.0, row["duration"] / 2]]
+    try:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert f"{row['id']!r} was scored with another question or truth" in fails(arguments(again, model, train))
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("content", ["", "[", "a: [1"])
+def test_a_broken_configuration_is_named(again, model, train, content):
+    (again / "run" / "config.yaml").write_text(content)
+    assert "config.yaml is not a configuration" in fails(arguments(again, model, train))
