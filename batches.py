@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
-
 from records import Sample
 from run import Run
 
@@ -40,17 +38,15 @@ class DoneBatches:
         by: dict[str, str],
     ):
         self.run, self.name, self.batches, self.head, self.by = run, name, batches, head, by
-        self.path = run.dir / f"{name}.{run.accelerator.process_index}.jsonl"
+        self.path = run.dir / f"{name}.{run.engine.rank}.jsonl"
         self.rows: dict[int, list[dict]] = {}  # on the main process those of earlier starts too
-        run.raise_together(self._read)
-        box = [sorted(self.rows)]
-        broadcast_object_list(box)
-        self.todo = sorted(set(range(len(batches))) - set(box[0]))
+        run.engine.raise_together(self._read)
+        self.todo = sorted(set(range(len(batches))) - set(run.engine.broadcast(sorted(self.rows))))
 
     @property
     def mine(self) -> list[int]:
         """This process's share of what is left."""
-        return self.todo[self.run.accelerator.process_index :: self.run.accelerator.num_processes]
+        return self.todo[self.run.engine.rank :: self.run.engine.world_size]
 
     def _read(self) -> None:
         for path in lines_files(self.run, self.name):
@@ -83,7 +79,7 @@ class DoneBatches:
 
     def gather(self) -> list[dict]:
         """The rows of all batches of all processes, in the order of the data."""
-        rows = dict(gather_object(list(self.rows.items())))
+        rows = dict(self.run.engine.gather_rows(self.rows.items()))
         return [row for number in range(len(self.batches)) for row in rows[number]]
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import config
@@ -126,11 +125,11 @@ class Validator:
         """`validation/<task>/<metric>` when it is time after `step` steps, else nothing."""
         if not self.samples or step % self.cfg.eval.every:
             return {}
-        accelerator = self.run.accelerator
-        mine = self.samples[accelerator.process_index :: accelerator.num_processes]
+        engine = self.run.engine
+        mine = self.samples[engine.rank :: engine.world_size]
         batches = cut(mine, self.cfg.eval.batch_size)
         predicted = predict(policy, batches, self.builder, self.workers, self.cfg.eval)
-        rows = gather_object([row for rows in predicted for row in rows])
+        rows = engine.gather_rows(row for rows in predicted for row in rows)
         tasks = score_predictions(rows, self.cfg.eval.answer)["tasks"]
         mean = sum(tasks[task][MAIN_METRIC[task]] for task in tasks) / len(tasks)
         if mean > self.state["best"]:
@@ -153,7 +152,7 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
         if (run.dir / "metrics.json").is_file():
             return _finished(run)
         samples = read_samples(cfg.data.test, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
-        policy = load_policy(cfg.model, cfg.eval.temperature or 1.0).to(run.accelerator.device)
+        policy = load_policy(cfg.model, cfg.eval.temperature or 1.0).to(run.engine.device)
         by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
         answered = DoneBatches(run, "answers", cut(samples, cfg.eval.batch_size), head_of, by)
         builder = make_builder(cfg, policy.tokenizer)

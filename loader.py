@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from data import batch_indices, difficulties, spare_indices
@@ -138,7 +137,7 @@ class Loader:
         self.bad = {row["id"]: row for row in run.rows(BAD_SAMPLES)}  # their rows in that file, by id
         self.num_replaced = 0
         self._ahead: dict[int, list[Call]] = {}  # started calls of coming steps, by step
-        share = cfg.data.batch_size // run.accelerator.num_processes
+        share = cfg.data.batch_size // run.engine.world_size
         self._num_steps_ahead = max(1, -(-2 * workers.num // share))
 
     @property
@@ -164,7 +163,7 @@ class Loader:
 
     def _share(self, num_places: int) -> tuple[list[int], int]:
         """This process's places, and how many of them count: past the end, the last one is there to be busy with."""
-        world, rank = self.run.accelerator.num_processes, self.run.accelerator.process_index
+        world, rank = self.run.engine.world_size, self.run.engine.rank
         share = -(-num_places // world)
         places = range(rank * share, (rank + 1) * share)
         return [min(place, num_places - 1) for place in places], sum(place < num_places for place in places)
@@ -220,8 +219,8 @@ class Loader:
     def _gather_failed(self, failed: list[dict]) -> list[dict]:
         """What all processes could not read, in the order of the places, each place once."""
         with self.clock("data_wait"):
-            num = self.run.sums({"failed": float(len(failed))})["failed"]
-            rows = gather_object(failed) if num else []
+            num = self.run.engine.sums({"failed": float(len(failed))})["failed"]
+            rows = self.run.engine.gather_rows(failed) if num else []
         by_place = {row["place"]: row for row in reversed(rows)}
         return [by_place[place] for place in sorted(by_place)]
 

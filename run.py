@@ -1,4 +1,4 @@
-"""A run and its folder: processes and seeds, environment, metrics, samples, checkpoints, resume.
+"""A run and its folder: seeds, environment, metrics, samples, checkpoints, resume.
 
 Not a trainer: it holds no loop and knows no model. The folder has config.yaml and env.json (written first),
 metrics.jsonl (one row per step, the truth; trackers mirror it), samples.jsonl, bad_samples.jsonl where there were
@@ -8,29 +8,23 @@ such, checkpoints/, best/ and final/.
 import fcntl
 import hashlib
 import json
-import math
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import set_seed
+
+from checkpoint import cut_back, newest_checkpoint
+from engine import Engine
 
 PACKAGES = (
     "torch",
@@ -46,7 +40,6 @@ PACKAGES = (
 )
 UNUSED = {"config.yaml", "env.json", "config.yaml.tmp", "env.json.tmp", "logs", "lock"}  # of a run without a step
 MAY_CHANGE = {"run.steps", "data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one resume to the next
-DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @contextmanager
@@ -58,20 +51,6 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from None
 
 
-def use_deepspeed() -> bool:
-    """Whether `accelerate launch` was given a DeepSpeed configuration."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-
-
-def check_precision(cfg) -> None:
-    """Raises ValueError where steps of 1e-6 would be lost in the rounding of bfloat16 weights. `cfg`: section model."""
-    if cfg.dtype == "bfloat16" and not cfg.lora_rank and not use_deepspeed():
-        raise ValueError(
-            "model.dtype=bfloat16 trains with adapters (model.lora_rank), which are float32, or under DeepSpeed, "
-            "which keeps float32 weights beside them"
-        )
-
-
 class Run:
     """The folder of one run, and the processes that share it.
 
@@ -81,44 +60,20 @@ class Run:
     def __init__(self, dir: str, config_yaml: str, seed: int, tracker: str, resume: bool, keep: int):
         self.dir, self.keep = Path(dir), keep
         self._lock_file = None  # on the main process, until the end
-        on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
-        self.accelerator = Accelerator(
-            cpu=on_cpu and not use_deepspeed(),
-            log_with=None if tracker == "none" else tracker,
-            project_dir=dir,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else None,
-        )
-        plugin = self.accelerator.state.deepspeed_plugin
-        if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError("ZeRO-3 is not supported yet: sampling would run on sharded weights; use zero2.yaml")
+        self.engine = Engine(dir, tracker)
         self.checkpoint: Path | None = None
         self.start_step, self.state = 0, {}
-        self.raise_together(lambda: self._open(config_yaml, resume))
-        self.checkpoint, self.start_step, self.state = self._broadcast((self.checkpoint, self.start_step, self.state))
+        self.engine.raise_together(lambda: self._open(config_yaml, resume))
+        self.checkpoint, self.start_step, self.state = self.engine.broadcast(
+            (self.checkpoint, self.start_step, self.state)
+        )
         set_seed(seed)
         if tracker != "none":
-            self.accelerator.init_trackers("logs")
+            self.engine.accelerator.init_trackers("logs")
 
     @property
     def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    def _broadcast(self, value):
-        box = [value]
-        broadcast_object_list(box)
-        return box[0]
-
-    def raise_together(self, action: Callable[[], None]) -> None:
-        """Run `action` on the main process; what it raises is raised on all."""
-        error = None
-        if self.is_main:
-            try:
-                action()
-            except (ValueError, OSError) as caught:
-                error = caught
-        error = self._broadcast(error)
-        if error is not None:
-            raise error
+        return self.engine.is_main
 
     def _lock(self) -> None:
         """Hold the folder while this process lives: two runs in one would mix their rows."""
@@ -158,24 +113,14 @@ class Run:
             raise ValueError(f"--resume: {path} differs in {', '.join(differing)}")
         write_text(path, config_yaml)
 
-    def prepare(self, model, optimizer, grad_clip: float):
-        """Model and optimizer for the engine at hand, back at the checkpoint when resuming."""
-        if use_deepspeed():  # it clips within its own step, and wants a batch size though no loader is prepared
-            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            settings |= {"gradient_clipping": grad_clip, "train_micro_batch_size_per_gpu": 1}
-        prepared = self.accelerator.prepare(model, optimizer)
-        if self.checkpoint is not None:
-            self.accelerator.load_state(str(self.checkpoint))
-        return prepared
-
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to metrics.jsonl and hand it to the tracker. Main process only acts."""
         self.append("metrics.jsonl", [{"step": step} | metrics])
-        self.accelerator.log(metrics, step=step)
+        self.engine.accelerator.log(metrics, step=step)
 
     def log_samples(self, rows: Sequence[dict]) -> None:
         """Append the rows of all processes, in the order of their `group`, to samples.jsonl."""
-        self.append("samples.jsonl", sorted(gather_object(list(rows)), key=lambda row: row["group"]))
+        self.append("samples.jsonl", sorted(self.engine.gather_rows(rows), key=lambda row: row["group"]))
 
     def append(self, name: str, rows: Sequence[dict]) -> None:
         """Append rows to a .jsonl of the folder, which a resume cuts back by their `step`. Main process only acts."""
@@ -189,18 +134,12 @@ class Run:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [json.loads(line) for line in lines]
 
-    def sums(self, values: dict[str, float]) -> dict[str, float]:
-        """The same numbers summed over all processes; every process must bring the same keys."""
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
-        return dict(zip(values, self.accelerator.reduce(tensor, "sum").tolist(), strict=True))
-
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all processes, in rank order; every process must bring equally many."""
-        return self.accelerator.gather(rows.to(self.accelerator.device)).cpu()
-
-    def maximum(self, value: float) -> float:
-        tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.gather(tensor).max().item()
+    def prepare(self, model, optimizer, grad_clip: float):
+        """Model and optimizer for the engine at hand, back at the checkpoint when resuming."""
+        prepared = self.engine.prepare(model, optimizer, grad_clip)
+        if self.checkpoint is not None:
+            self.engine.accelerator.load_state(str(self.checkpoint))
+        return prepared
 
     def save_checkpoint(self, step: int, state: dict) -> None:
         """Weights, optimizer and random states after `step` steps, written aside and renamed when complete."""
@@ -209,48 +148,19 @@ class Run:
         if self.is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(aside))
-        self.accelerator.wait_for_everyone()
+        self.engine.wait()
+        self.engine.accelerator.save_state(str(aside))
+        self.engine.wait()
         if self.is_main:
             (aside / "run.json").write_text(json.dumps({"step": step, "state": state}))
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
             for old in sorted(folder.parent.glob("step_*"))[: -self.keep]:
                 shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def backward(self, model, micro_batches: Sequence, loss_of: Callable) -> None:
-        """Gradients of the sum of `loss_of(micro_batch)`; each is already divided by the step's denominator.
-
-        The number of passes is the largest of all processes: one that has run out repeats its first micro-batch with
-        weight 0, so that every collective call finds its partners. Engines average over processes; we want the sum.
-        """
-        num, world = int(self.maximum(len(micro_batches))), self.accelerator.num_processes
-        for i in range(num):
-            last = i == num - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reduces and steps at the last one
-            delay = self.accelerator.distributed_type in DDP and not last
-            with model.no_sync() if delay else nullcontext():
-                loss = loss_of(micro_batches[i if i < len(micro_batches) else 0])
-                self.accelerator.backward(loss * (world if i < len(micro_batches) else 0.0))
-
-    def step(self, model, optimizer, grad_clip: float) -> float:
-        """Clip, step and clear; returns the gradient norm before clipping.
-
-        A gradient that is not finite is thrown away, with a warning, and its norm returned: the run goes on.
-        """
-        norm = self.accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip)
-        norm = float(norm if norm is not None else model.get_global_grad_norm())
-        if math.isfinite(norm) or use_deepspeed():  # DeepSpeed has stepped, or not, by itself
-            optimizer.step()
-        elif self.is_main:
-            print(f"WARNING: the gradient's norm is {norm}; this update is skipped", file=sys.stderr)
-        optimizer.zero_grad()
-        return norm
+        self.engine.wait()
 
     def finish(self) -> None:
-        self.accelerator.end_training()
+        self.engine.accelerator.end_training()
         if self._lock_file is not None:
             self._lock_file.close()
 
@@ -282,12 +192,6 @@ class Clock:
         return seconds
 
 
-def check_batch(size: int, accelerator: Accelerator) -> None:
-    """Raises ValueError when a batch of `size` videos does not divide by the number of processes."""
-    if size % accelerator.num_processes:
-        raise ValueError(f"data.batch_size {size} does not divide by the {accelerator.num_processes} processes")
-
-
 def config_differences(path: Path, config_yaml: str) -> dict[str, str]:
     """Keys (section.key) whose values differ in a config.yaml and in this text, each with a text that says how."""
     try:
@@ -296,26 +200,6 @@ def config_differences(path: Path, config_yaml: str) -> dict[str, str]:
         raise ValueError(f"{path} is not a configuration") from None
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     return {key: f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differing}
-
-
-def newest_checkpoint(dir: str | Path) -> Path | None:
-    complete = [path for path in sorted(Path(dir, "checkpoints").glob("step_*")) if (path / "run.json").is_file()]
-    return complete[-1] if complete else None
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Drop the rows of a .jsonl written after `step` steps (rows count them from 1), and a torn last line."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):  # not splitlines: a completion may hold U+2028
-        try:
-            row = json.loads(line)
-        except ValueError:  # torn, maybe within a character; or nothing, after the last line end
-            break
-        if row["step"] <= step:
-            kept.append(line + b"\n")
-    path.write_bytes(b"".join(kept))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -132,7 +132,7 @@ def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> Non
     """Score what is not scored yet; leaves scores.jsonl."""
     with user_errors():
         functions = load_functions(cfg.rewards.functions)
-        policy = load_policy(cfg.model, cfg.rollout.temperature).to(run.accelerator.device)
+        policy = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)
         by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
         scores = DoneBatches(run, "scores", cut(samples, cfg.rollout.micro_batch_size), head_of, by)
         builder = make_builder(cfg, policy.tokenizer)
@@ -153,7 +153,7 @@ def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> Non
     rows = scores.gather()
     with user_errors():
         check_readable(rows, len(rows), cfg.data.max_bad_share)
-        run.raise_together(lambda: write_text(run.dir / SCORES, lines_of(rows)))
+        run.engine.raise_together(lambda: write_text(run.dir / SCORES, lines_of(rows)))
 
 
 def apply_rule(samples: Sequence[Sample], path: Path, cfg: SelectConfig, folder: Path) -> None:
@@ -212,7 +212,7 @@ def select(cfg: SelectConfig) -> None:
     if path == run.dir / SCORES:
         remove_lines(run, "scores")
     with user_errors():
-        run.raise_together(lambda: apply_rule(samples, path, cfg, run.dir))
+        run.engine.raise_together(lambda: apply_rule(samples, path, cfg, run.dir))
     run.finish()
 
 

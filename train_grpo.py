@@ -37,6 +37,7 @@ from tqdm import tqdm
 import config
 from config import GrpoConfig
 from data import read_samples, refill_indices
+from engine import check_batch, check_precision
 from eval import Validator
 from grpo import group_advantages, group_stats, is_mixed, overlong_penalty, policy_loss, token_weights
 from loader import Loader, make_workers
@@ -47,7 +48,7 @@ from prompts import make_builder, video_means, video_sums
 from reward_functions import load_functions, score_all
 from rewards import PARTS, Reward, task_reward
 from rollout import Rollout, generate
-from run import Clock, Run, check_batch, check_precision, user_errors
+from run import Clock, Run, user_errors
 
 CAUSES = {
     "no group had rewards that differ, so there was no gradient": "questions that are all too easy or too hard for "
@@ -144,7 +145,7 @@ def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, s
             with clock("reward"):
                 scored, numbers_PG4[: len(batch.places)] = score_groups(rollouts[-1], functions, cfg, step)
             rewards += scored
-        numbers.append(run.gather(numbers_PG4)[: batch.num_places])
+        numbers.append(run.engine.gather(numbers_PG4)[: batch.num_places])
         num_groups += batch.num_places
         indices += batch.indices
         totals_NG, earned_NG, right_NG, tokens_NG = torch.cat(numbers).unbind(2)
@@ -189,7 +190,7 @@ def update(
     stats: dict[str, float] = defaultdict(float, trained=float(len(trained)))
     if not trained:
         return stats
-    raw, size, loss_cfg = run.accelerator.unwrap_model(policy), cfg.data.micro_batch_size, cfg.loss
+    raw, size, loss_cfg = run.engine.unwrap(policy), cfg.data.micro_batch_size, cfg.loss
     mine = [p for p, n in enumerate(groups.own) if n in trained]
     chosen = mine or [0]  # a process with nothing to train on runs its first group with weight 0
     rollout, embeds_of = groups.rollout.take(chosen), [groups.video_embeds[p] for p in chosen]
@@ -247,8 +248,8 @@ def update(
     micro_batches = [slice(i, min(i + size, num)) for i in range(0, num, size)]
     for _ in range(loss_cfg.updates_per_rollout):
         passes.clear()
-        run.backward(policy, micro_batches, loss_of)
-        stats["grad_norm"] += run.step(policy, optimizer, cfg.optim.grad_clip) / loss_cfg.updates_per_rollout
+        run.engine.backward(policy, micro_batches, loss_of)
+        stats["grad_norm"] += run.engine.step(policy, optimizer, cfg.optim.grad_clip) / loss_cfg.updates_per_rollout
         stats["clipped"] = 0.0  # of the last update: in the first one the ratio is 1
         for sums in passes[: len(micro_batches)] if mine else ():  # the others had weight 0
             stats["gap_max"] = max(stats["gap_max"], sums.pop("gap_max"))
@@ -273,7 +274,7 @@ def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoCo
     for part in parts:
         having = [reward.parts[part] for reward in groups.rewards if part in reward.parts]
         sums |= {f"sum/{part}": sum(having), f"num/{part}": float(len(having))}
-    s = run.sums(sums)
+    s = run.engine.sums(sums)
     num = s["num_completions"]
     counts = group_stats(groups.earned_NG, groups.right_NG, cfg.group.tolerance)
     metrics = {
@@ -283,14 +284,14 @@ def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoCo
         "group/refills": float(groups.num_refills),
         "group/trained": stats["trained"],
         "length/mean": s["completion_tokens"] / num,
-        "length/max": run.maximum(rollout.mask_BT.sum(1).max().item()),
+        "length/max": run.engine.maximum(rollout.mask_BT.sum(1).max().item()),
         "frac_truncated": s["truncated"] / num,
         "grad_norm": stats["grad_norm"],
         "tokens/prompt": s["prompt_tokens"],
         "tokens/completion": s["completion_tokens"],
         **video_means(s),
     }
-    gap_max = run.maximum(stats["gap_max"])
+    gap_max = run.engine.maximum(stats["gap_max"])
     if s["tokens"]:  # the gap is the first update's
         metrics |= {"loss": s["loss"] / num_updates, "clip_frac": s["clipped"] * num_updates / s["tokens"]}
         metrics |= {"kl": s["kl"] / s["tokens"], "entropy": s["entropy"] / s["tokens"]}
@@ -348,10 +349,10 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
     with user_errors():
         check_precision(cfg.model)
         run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
-        check_batch(cfg.data.batch_size, run.accelerator)
+        check_batch(cfg.data.batch_size, run.engine.world_size)
         functions = load_functions(cfg.rewards.functions)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
-        raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.accelerator.device)
+        raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)
         builder = make_builder(cfg, raw.tokenizer)
         workers = make_workers(builder, cfg.data)
         validator = Validator(cfg, builder, workers, run)
@@ -361,7 +362,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
     if cfg.loss.beta and cfg.model.lora_rank:
         reference = raw  # with its adapter switched off
     elif cfg.loss.beta:
-        reference = load_policy(cfg.model, cfg.rollout.temperature).to(run.accelerator.device).eval()
+        reference = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device).eval()
         reference.requires_grad_(False)
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
     alarm = Alarm(cfg.group.warn_after)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 import config
 from config import SftConfig
 from data import read_samples
+from engine import check_batch, check_precision
 from eval import Validator
 from loader import Loader, make_workers
 from optim import make_optimizer, set_learning_rate
@@ -18,7 +19,7 @@ from pretrained import load_policy, save_model
 from prompts import Prompt, make_builder, video_means, video_sums
 from records import Sample
 from rewards import format_answer
-from run import Clock, Run, check_batch, check_precision, user_errors
+from run import Clock, Run, user_errors
 
 
 def target_text(sample: Sample, think: bool) -> str:
@@ -38,7 +39,7 @@ def target_ids(prompts: list[Prompt], policy, think: bool) -> list[list[list[int
 
 def update(policy, optimizer, prompts, targets, num_tokens: float, cfg: SftConfig, run: Run) -> tuple[float, float]:
     """One optimizer step; returns the loss over all processes and the gradient norm."""
-    raw, size = run.accelerator.unwrap_model(policy), cfg.data.micro_batch_size
+    raw, size = run.engine.unwrap(policy), cfg.data.micro_batch_size
     losses = []
 
     def loss_of(rows: slice):
@@ -49,9 +50,9 @@ def update(policy, optimizer, prompts, targets, num_tokens: float, cfg: SftConfi
 
     policy.train()
     micro_batches = [slice(i, i + size) for i in range(0, len(prompts), size)]
-    run.backward(policy, micro_batches, loss_of)
-    grad_norm = run.step(policy, optimizer, cfg.optim.grad_clip)
-    return run.sums({"loss": sum(losses[: len(micro_batches)])})["loss"], grad_norm
+    run.engine.backward(policy, micro_batches, loss_of)
+    grad_norm = run.engine.step(policy, optimizer, cfg.optim.grad_clip)
+    return run.engine.sums({"loss": sum(losses[: len(micro_batches)])})["loss"], grad_norm
 
 
 def train(cfg: SftConfig, resume: bool = False) -> Run:
@@ -61,8 +62,8 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest, chat=True)
         for sample in samples:
             target_text(sample, cfg.prompt.think)
-        check_batch(cfg.data.batch_size, run.accelerator)
-        raw = load_policy(cfg.model).to(run.accelerator.device)
+        check_batch(cfg.data.batch_size, run.engine.world_size)
+        raw = load_policy(cfg.model).to(run.engine.device)
         builder = make_builder(cfg, raw.tokenizer)
         workers = make_workers(builder, cfg.data)
         validator = Validator(cfg, builder, workers, run)
@@ -77,7 +78,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
                     prompts = loader.batch(step).prompts
                     targets = target_ids(prompts, raw, cfg.prompt.think)
                 num_targets = sum(len(group[0]) for group in targets)
-                sums = run.sums({"tokens": float(num_targets)} | video_sums(prompts))
+                sums = run.engine.sums({"tokens": float(num_targets)} | video_sums(prompts))
                 with clock("update"):
                     loss, grad_norm = update(policy, optimizer, prompts, targets, sums["tokens"], cfg, run)
             metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens/targets": sums["tokens"]}

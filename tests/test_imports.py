@@ -10,7 +10,7 @@ import pytest
 from conftest import REPO
 
 CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "reward_functions", "grpo"}
-CORE |= {"pretrained", "run", "optim"}
+CORE |= {"pretrained", "run", "engine", "optim"}
 MAY_IMPORT = {
     "train_grpo": CORE | {"eval", "plan"},
     "train_sft": CORE - {"rollout", "reward_functions", "grpo"} | {"eval"},
@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "rewards": set(),
     "reward_functions": {"rewards"},
     "grpo": set(),
-    "run": set(),
+    "run": {"checkpoint", "engine"},
+    "engine": set(),
+    "checkpoint": set(),
     "optim": set(),
     "data": {"records", "manifest"},
     "records": set(),

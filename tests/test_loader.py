@@ -68,7 +68,7 @@ class FakeRun:
     """One of several processes, as far as a loader asks."""
 
     def __init__(self, folder, rank=0, world=1, state=None, rows=()):
-        self.accelerator = SimpleNamespace(num_processes=world, process_index=rank)
+        self.engine = SimpleNamespace(rank=rank, world_size=world, sums=lambda values: values, gather_rows=list)
         self.dir, self.state, self.is_main, self.listed = folder, state or {}, rank == 0, list(rows)
 
     def rows(self, name):
@@ -76,9 +76,6 @@ class FakeRun:
 
     def append(self, name, rows):
         self.listed += rows
-
-    def sums(self, values):
-        return values
 
 
 def make_loader(tmp_path, workers, num=20, batch_size=4, steps=10, run=None, **data) -> Loader:

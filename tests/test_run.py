@@ -4,18 +4,16 @@ import json
 import math
 import platform
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from checkpoint import cut_back, newest_checkpoint
+from engine import check_batch
 from run import (
     Clock,
     Run,
-    check_batch,
-    cut_back,
     environment,
-    newest_checkpoint,
     user_errors,
 )
 
@@ -36,8 +34,8 @@ def prepared(run: Run) -> tuple[torch.nn.Module, object]:
 
 
 def take_step(run: Run, model, optimizer, grad_clip: float = 1e9) -> float:
-    run.backward(model, [torch.rand(3, 2)], lambda x: model(x).square().sum())
-    return run.step(model, optimizer, grad_clip)
+    run.engine.backward(model, [torch.rand(3, 2)], lambda x: model(x).square().sum())
+    return run.engine.step(model, optimizer, grad_clip)
 
 
 # ---- folder --------------------------------------------------------------------------------------------------------
@@ -190,7 +188,7 @@ def test_backward_sums_over_micro_batches(tmp_path):
     run = open_run(tmp_path / "a")
     for size in (1, 2, 3):
         model, _ = prepared(run)
-        run.backward(model, xs.split(size), lambda x, model=model: model(x).sum())
+        run.engine.backward(model, xs.split(size), lambda x, model=model: model(x).sum())
         assert model.weight.grad.tolist() == [[7.0, 1.0]] and model.bias.grad.tolist() == [3.0]
 
 
@@ -200,9 +198,9 @@ def test_step_clips_and_reports_the_norm_before(tmp_path):
     for grad_clip, moved in ((10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])):
         model = torch.nn.Linear(2, 1, bias=False)
         before = model.weight.detach().clone()
-        model, optimizer = run.accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
-        run.backward(model, [torch.tensor([[3.0, 4.0]])], lambda x, model=model: model(x).sum())
-        assert run.step(model, optimizer, grad_clip) == pytest.approx(5.0)
+        model, optimizer = run.engine.accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+        run.engine.backward(model, [torch.tensor([[3.0, 4.0]])], lambda x, model=model: model(x).sum())
+        assert run.engine.step(model, optimizer, grad_clip) == pytest.approx(5.0)
         torch.testing.assert_close(before - model.weight, torch.tensor([moved]), atol=1e-5, rtol=0)
         assert model.weight.grad is None
 
@@ -211,16 +209,16 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path, capsys):
     run = open_run(tmp_path / "a")
     model, optimizer = prepared(run)
     before = model.weight.detach().clone()
-    run.backward(model, [torch.tensor([[torch.inf, 1.0]])], lambda x: model(x).sum())
-    assert not math.isfinite(run.step(model, optimizer, 1.0))
+    run.engine.backward(model, [torch.tensor([[torch.inf, 1.0]])], lambda x: model(x).sum())
+    assert not math.isfinite(run.engine.step(model, optimizer, 1.0))
     assert torch.equal(model.weight, before) and "this update is skipped" in capsys.readouterr().err
     assert math.isfinite(take_step(run, model, optimizer)) and not torch.equal(model.weight, before)
 
 
 def test_sums_and_maximum_of_one_process_are_its_own(tmp_path):
     run = open_run(tmp_path / "a")
-    assert run.sums({"a": 0.1, "b": 2**53}) == {"a": 0.1, "b": 2.0**53}
-    assert run.maximum(-0.1) == -0.1
+    assert run.engine.sums({"a": 0.1, "b": 2**53}) == {"a": 0.1, "b": 2.0**53}
+    assert run.engine.maximum(-0.1) == -0.1
 
 
 def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(tmp_path):
@@ -237,8 +235,8 @@ def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(tmp_pat
 
 def test_an_indivisible_batch_is_an_error():
     with pytest.raises(ValueError, match=r"data.batch_size 7 does not divide by the 2 processes"):
-        check_batch(7, SimpleNamespace(num_processes=2))
-    check_batch(6, SimpleNamespace(num_processes=2))
+        check_batch(7, 2)
+    check_batch(6, 2)
 
 
 def test_the_clock_adds_up_phases_and_starts_again():

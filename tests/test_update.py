@@ -78,7 +78,7 @@ def update_once(
     totals_NG = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
     totals_NG[list(dead)] = 0.7
     optimizer = sgd(raw, cfg.optim)
-    policy, prepared = run.accelerator.prepare(raw, optimizer)
+    policy, prepared = run.engine.accelerator.prepare(raw, optimizer)
     embeds = raw.embed_each(rollout.prompts)
     own = list(range(start, stop))
     groups = Groups(rollout, embeds, [], own, totals_NG, totals_NG, totals_NG, tokens_NG, num_refills=0)
@@ -201,8 +201,8 @@ def worker(rank: int, ports: list[int], folder, world, taught) -> None:
         run = open_run(cfg)
         result = update_once(world, cfg, run, *((0, split), (split, 4))[rank], dead=dead)
         sums = {name: result["stats"][name] for name in SUMS}
-        largest = {"gap_max": run.maximum(result["stats"]["gap_max"])}
-        results[case] = result | {"stats": result["stats"] | run.sums(sums) | largest}
+        largest = {"gap_max": run.engine.maximum(result["stats"]["gap_max"])}
+        results[case] = result | {"stats": result["stats"] | run.engine.sums(sums) | largest}
     try:
         train_grpo.train(make_cfg(world, folder, "data.batch_size=3", f"run.dir={folder}/indivisible"))
     except SystemExit as error:
