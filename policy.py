@@ -21,24 +21,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, GenerationConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import GenerationConfig
 
+from attention import Span, make_span
 from prompts import Prompt
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 HEAD_CHUNK = 512  # completion tokens per chunk of the head: their (chunk, V) float32 logits are all that is kept
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one video's prompt and completions lie in the packed row."""
-
-    start: int
-    prompt_end: int
-    end: int
-    mask: Tensor  # (end - prompt_end, end - start) bool: what each completion token sees
 
 
 @dataclass(frozen=True)
@@ -92,18 +81,6 @@ def prompt_positions(prompt: Prompt, config) -> tuple[Tensor, int]:
     return rope_positions([prompt.video_start, grid, after], config.vision_config.spatial_merge_size, tokens_per_second)
 
 
-def tree_mask(prompt_tokens: int, lengths: Sequence[int]) -> Tensor:
-    """(sum of lengths, prompt + sum of lengths) bool: a completion token sees the prompt and its own block's past.
-
-    >>> tree_mask(2, [2, 1]).int().tolist()
-    [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    """
-    num = sum(lengths)
-    owner = torch.repeat_interleave(torch.tensor(lengths))
-    own_past = (owner[:, None] == owner[None, :]) & torch.ones(num, num, dtype=torch.bool).tril()
-    return torch.cat([torch.ones(num, prompt_tokens, dtype=torch.bool), own_past], dim=1)
-
-
 def pack(prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], config, device) -> Packed:
     """Lay videos and their completions (token ids, each at least one) out in one row, see the head of this file."""
     spans, ids, positions, predictor, targets, lengths = [], [], [], [], [], []
@@ -118,8 +95,7 @@ def pack(prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]
             ids += tokens
             targets += tokens
             lengths.append(len(tokens))
-        mask = tree_mask(len(prompt.ids), [len(tokens) for tokens in group])
-        spans.append(Span(start, prompt_end, len(ids), mask.to(device)))
+        spans.append(make_span(start, len(prompt.ids), [len(tokens) for tokens in group], device))
     return Packed(
         prompts=tuple(prompts),
         spans=tuple(spans),
@@ -129,80 +105,6 @@ def pack(prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]
         targets_N=torch.tensor(targets, device=device),
         lengths_B=torch.tensor(lengths, device=device),
     )
-
-
-def shared_prefix_attention(module, query, key, value, attention_mask, spans=None, **kwargs):
-    """Attention of a packed row: prompts plainly causal, completions over their prompt and themselves.
-
-    The masks have as many rows as there are completion tokens: no S x S mask exists, keys and values of a prompt are
-    never repeated. Without `spans` this is transformers' sdpa (prefill), or, where the cache keeps prompts apart
-    (rollout.GroupLayer), `group_attention`.
-    Shapes: query (1, heads, S, D), key and value (1, kv heads, S, D); returns (1, S, heads, D), None.
-    """
-    if hasattr(key, "prompt"):
-        return group_attention(module, query, key, value, key.prompt, **kwargs), None
-    if spans is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    outputs, sizes = [], [span.end - span.start for span in spans]  # one split: a slice each costs its backward O(S)
-    rows = zip(spans, query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
-    for span, q, k, v in rows:
-        num = span.prompt_end - span.start
-        q_prompt, q_completions = q.split([num, q.shape[2] - num], dim=2)
-        k_prompt, v_prompt = k[:, :, :num], v[:, :, :num]
-        outputs.append(sdpa_attention_forward(module, q_prompt, k_prompt, v_prompt, None, is_causal=True, **kwargs)[0])
-        mask = span.mask[None, None]
-        outputs.append(sdpa_attention_forward(module, q_completions, k, v, mask, is_causal=False, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
-
-
-@dataclass
-class SharedPrompt:
-    """One layer's keys and values (P, kv heads, L, D) of P prompts, which the completions of each of them share."""
-
-    keys: Tensor
-    values: Tensor
-    is_real: Tensor  # (P, L) bool, False on padding
-    num_reads: int = 0  # by group_attention; 0 after sampling: the completions never saw the prompt
-
-
-def group_attention(module, query, key, value, prompt: SharedPrompt, **kwargs) -> Tensor:
-    """Attention of one new token of each of P x G completions, over its prompt and its own past, as in a packed row.
-
-    The G tokens are queries of one call over the keys of prompt and completions: a prompt's stand there once.
-    Shapes: query (B, heads, 1, D), key and value (B, kv heads, t, D) of the completions; returns (B, 1, heads, D).
-    """
-    prompt.num_reads += 1
-    num, size = len(prompt.keys), len(query) // len(prompt.keys)
-    keys, values = (
-        torch.cat([shared, own.unflatten(0, (num, size)).transpose(1, 2).flatten(2, 3)], dim=2)
-        for shared, own in ((prompt.keys, key), (prompt.values, value))
-    )
-    own_mask = torch.eye(size, dtype=torch.bool, device=key.device).repeat_interleave(key.shape[2], dim=1)
-    mask = torch.cat([x.expand(num, 1, size, -1) for x in (prompt.is_real[:, None, None], own_mask)], dim=3)
-    q = query.unflatten(0, (num, size)).squeeze(3).transpose(1, 2)
-    return sdpa_attention_forward(module, q, keys, values, mask, is_causal=False, **kwargs)[0].flatten(0, 1)[:, None]
-
-
-def window_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
-    """Vision attention within windows of (1, heads, N, D) patches, all windows of one length in one call.
-
-    Window i is the patches cu_seq_lens_q[i] to cu_seq_lens_q[i + 1]. Returns (1, N, heads, D), None.
-    """
-    kwargs = {name: kwargs[name] for name in ("scaling", "dropout", "is_causal")}
-    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
-    outputs, places = [], []
-    for length in lengths.unique().tolist():
-        rows = starts[lengths == length, None] + torch.arange(length, device=starts.device)
-        q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))
-        outputs.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0].flatten(0, 1))
-        places.append(rows.flatten())
-    return torch.cat(outputs)[torch.cat(places).argsort()][None], None
-
-
-AttentionInterface.register("shared_prefix", shared_prefix_attention)
-# "flash" in the name makes transformers hand over all windows at once, not one by one
-AttentionInterface.register("flash_windows", window_attention)
-AttentionMaskInterface.register("shared_prefix", sdpa_mask)
 
 
 class Policy(nn.Module):

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
+from attention import SharedPrompt
 from grpo import completion_mask
-from policy import Policy, SharedPrompt, prompt_positions
+from policy import Policy, prompt_positions
 from prompts import Prompt
 
 
@@ -68,12 +69,12 @@ class Rollout:
 class GroupLayer(DynamicLayer):
     """A layer's cache in which P prompts stand once, and only what their P x G completions add stands per row.
 
-    `update` hands the prompts' keys and values over beside the completions' own, for policy.group_attention.
+    `update` hands the prompts' keys and values over beside the completions' own, for attention.group_attention.
     """
 
-    def __init__(self, layer: DynamicLayer, is_real: Tensor):
+    def __init__(self, layer: DynamicLayer, bias: Tensor | None):
         super().__init__()
-        self.prompt = SharedPrompt(layer.keys, layer.values, is_real)
+        self.prompt = SharedPrompt(layer.keys, layer.values, bias)
 
     def get_seq_length(self) -> int:
         return self.prompt.keys.shape[2] + super().get_seq_length()
@@ -176,7 +177,10 @@ def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds) 
         use_cache=True,
     ).past_key_values
     cache.crop(-1)  # generate() runs the last prompt token again, for its logits
-    cache.layers = [GroupLayer(layer, mask[:, :-1].bool()) for layer in cache.layers]
+    padding_PL, bias = mask[:, :-1] == 0, None
+    if padding_PL.any():
+        bias = torch.zeros_like(padding_PL, dtype=model.dtype).masked_fill(padding_PL, -torch.inf)[:, None, None]
+    cache.layers = [GroupLayer(layer, bias) for layer in cache.layers]
     ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
     model.model.rope_deltas = deltas.repeat_interleave(group_size, 0)
     sampler = GumbelSampler(policy, seeds)

@@ -2,16 +2,14 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_policy, make_prompts
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForImageTextToText
 
 import config
-from policy import SharedPrompt, group_attention, pack, packed_logps, prompt_positions, rope_positions
+from policy import pack, packed_logps, prompt_positions, rope_positions
 from pretrained import load_policy, save_model
 from prompts import time_step
 
@@ -46,6 +44,13 @@ def repeated_logps(policy, prompts, completions):
     return torch.cat(parts)
 
 
+def tree_mask(span):
+    """(N, P + N) bool: a completion token sees the prompt and its own completion's past."""
+    owner = torch.repeat_interleave(torch.tensor(span.lengths))
+    own_past = (owner[:, None] == owner[None, :]).tril()
+    return torch.cat([torch.ones(len(owner), span.prompt_end - span.start, dtype=torch.bool), own_past], dim=1)
+
+
 def dense_logits(policy, packed):
     """(N, V) logits of the packed row through transformers' own attention, with a dense (S, S) mask."""
     size = len(packed.ids_S)
@@ -53,7 +58,7 @@ def dense_logits(policy, packed):
     for span in packed.spans:
         prompt = slice(span.start, span.prompt_end)
         mask[prompt, prompt] = torch.ones(span.prompt_end - span.start, span.prompt_end - span.start).tril().bool()
-        mask[span.prompt_end : span.end, span.start : span.end] = span.mask
+        mask[span.prompt_end : span.end, span.start : span.end] = tree_mask(span)
     hidden = policy.model.model.language_model(
         inputs_embeds=policy.embed(packed.ids_S[None], policy.embed_videos(packed.prompts)),
         position_ids=packed.positions_3S[:, None],
@@ -272,22 +277,3 @@ def test_loading_names_what_is_wrong(world, tmp_path):
     (empty / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="family bert"):
         load_policy(config.ModelConfig(path=str(empty)))
-
-
-def test_group_attention_is_attention_over_the_repeated_prompt():
-    """Two prompts, one of them left-padded, with three completions each: against torch's, all keys repeated."""
-    num, group, num_kv, heads, length, own, dim = 2, 3, 2, 4, 7, 5, 8
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(num * group, heads, 1, dim, generator=generator)
-    prompt_key, prompt_value = torch.randn(2, num, num_kv, length, dim, generator=generator)
-    key, value = torch.randn(2, num * group, num_kv, own, dim, generator=generator)
-    is_real = torch.arange(length) >= torch.tensor([[0], [3]])
-    module = SimpleNamespace(num_key_value_groups=heads // num_kv, training=False)
-    ours = group_attention(module, query, key, value, SharedPrompt(prompt_key, prompt_value, is_real), scaling=0.3)
-    keys, values = (
-        torch.cat([prompt.repeat_interleave(group, 0), each], 2).repeat_interleave(heads // num_kv, 1)
-        for prompt, each in ((prompt_key, key), (prompt_value, value))
-    )
-    mask = torch.cat([is_real.repeat_interleave(group, 0), torch.ones(num * group, own, dtype=torch.bool)], 1)
-    expected = scaled_dot_product_attention(query, keys, values, mask[:, None, None], scale=0.3)
-    torch.testing.assert_close(ours, expected.transpose(1, 2), atol=1e-6, rtol=0)
