@@ -52,18 +52,20 @@ MAIN_SIZE = (1046, 64)
 TOWER_RUNS = {"shared": 0, "repeated": G, "once": 1}  # of the baselines; 0 stands for ours
 
 
-def make_policy(device: str) -> Policy:
+def make_policy(device: str, folder: str) -> Policy:
     """The tiny model, its distributions sharpened; EOS is banned, so that every completion has C tokens."""
-    with tempfile.TemporaryDirectory() as folder:
+    if not Path(folder, "config.json").exists():
         tiny.write_model(Path(folder), seed=0, family="qwen2_5_vl")
-        policy = load_policy(ModelConfig(path=folder, freeze_vision=True)).to(device).eval()
+    policy = load_policy(ModelConfig(path=folder, freeze_vision=True)).to(device).eval()
     policy.model.model.language_model.norm.weight.data.mul_(3.0)
     policy.banned = torch.cat([policy.banned, torch.tensor(policy.eos_ids, device=device)])
     return policy
 
 
-def make_inputs(policy: Policy, num_prompt: int, num_completion: int) -> tuple[Prompt, list[list[int]]]:
-    """Synthetic patches, 16 tokens a time step, 22 or more text tokens around them; G random completions."""
+def make_inputs(
+    policy: Policy, num_prompt: int, num_completion: int, group_size: int = G
+) -> tuple[Prompt, list[list[int]]]:
+    """Synthetic patches, 16 tokens a time step, 22 or more text tokens around them; random completions."""
     generator, steps = torch.Generator().manual_seed(0), (num_prompt - 22) // 16
     if steps < 1:
         raise SystemExit(f"error: --sizes: a prompt needs at least 38 tokens, got {num_prompt}")
@@ -71,17 +73,17 @@ def make_inputs(policy: Policy, num_prompt: int, num_completion: int) -> tuple[P
     video = Video(patches, (steps, 8, 8), 1.0, [float(i) for i in range(2 * steps)], steps * 16, 0)
     text = torch.randint(0, 256, (num_prompt - steps * 16,), generator=generator).tolist()
     ids = text[:6] + [policy.model.config.video_token_id] * video.num_tokens + text[6:]
-    completions = torch.randint(0, 256, (G, num_completion), generator=generator).tolist()
+    completions = torch.randint(0, 256, (group_size, num_completion), generator=generator).tolist()
     return Prompt(Sample("bench", "tvg", "", ""), ids, 6, video), completions
 
 
 def sample(policy: Policy, prompt: Prompt, completions: list, tower_runs: int) -> tuple[Tensor, Tensor]:
-    """Tokens (G, C) and their log-probs."""
-    num_new, device = len(completions[0]), policy.device
+    """Tokens (G, C) and their log-probs, of as many completions as are given, and as long."""
+    group_size, num_new, device = len(completions), len(completions[0]), policy.device
     if tower_runs == 0:
-        rollout = generate(policy, [prompt], policy.embed_each([prompt]), G, num_new, micro_batch_size=1)
+        rollout = generate(policy, [prompt], policy.embed_each([prompt]), group_size, num_new, micro_batch_size=1)
         return rollout.tokens_BT, rollout.logps_BT
-    sampler = GumbelSampler(policy, [row_seed(0, 0, prompt.sample.id, g) for g in range(G)])
+    sampler = GumbelSampler(policy, [row_seed(0, 0, prompt.sample.id, g) for g in range(group_size)])
     ids = torch.tensor([prompt.ids] * tower_runs, device=device)  # generate() expands what the tower gave
     positions = prompt_positions(prompt, policy.model.config)[0][:, None].repeat(1, tower_runs, 1)
     output = policy.model.generate(
@@ -90,7 +92,7 @@ def sample(policy: Policy, prompt: Prompt, completions: list, tower_runs: int) -
         position_ids=positions.to(device),
         pixel_values_videos=prompt.video.patches.repeat(tower_runs, 1).to(device),
         video_grid_thw=torch.tensor([prompt.video.grid_thw] * tower_runs, device=device),
-        num_return_sequences=G // tower_runs,
+        num_return_sequences=group_size // tower_runs,
         max_new_tokens=num_new,
         do_sample=True,  # of what the sampler leaves: one token
         top_k=0,
@@ -101,17 +103,17 @@ def sample(policy: Policy, prompt: Prompt, completions: list, tower_runs: int) -
 
 def score(policy: Policy, prompt: Prompt, completions: list, tower_runs: int) -> Tensor:
     """Log-probs (G * C,) of the completions."""
-    num = len(completions[0])
+    group_size, num = len(completions), len(completions[0])
     if tower_runs == 0:
         packed = pack([prompt], [completions], policy.model.config, policy.device)
         return policy(packed, policy.embed_each([prompt])[0])[0]
-    videos = torch.cat(policy.embed_each([prompt] * tower_runs) * (G // tower_runs))
+    videos = torch.cat(policy.embed_each([prompt] * tower_runs) * (group_size // tower_runs))
     positions_3P, after = prompt_positions(prompt, policy.model.config)
     positions_3S = torch.cat([positions_3P, (after + torch.arange(num)).expand(3, -1)], 1).to(policy.device)
     ids_BS = torch.tensor([prompt.ids + tokens for tokens in completions], device=policy.device)
     logits_BTV = policy.model(
         inputs_embeds=policy.embed(ids_BS, videos),
-        position_ids=positions_3S[:, None].expand(-1, G, -1),
+        position_ids=positions_3S[:, None].expand(-1, group_size, -1),
         use_cache=False,
         logits_to_keep=num + 1,
     ).logits[:, :-1]
@@ -189,7 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", help="prompt and completion tokens", **size)
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each variant")
     args = parser.parse_args(argv)
-    policy = make_policy("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        policy = make_policy("cuda" if torch.cuda.is_available() else "cpu", folder)
     env, found = environment(), {}
     commit = f"{env['commit']}{' and uncommitted changes' if env['diff'] else ''}"
     load = f"{os.getloadavg()[0]:.1f} processes running in the last minute"

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", help="prompt and completion tokens", **size)
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     args = parser.parse_args(argv)
-    policy = make_policy("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        policy = make_policy("cuda" if torch.cuda.is_available() else "cpu", folder)
     prompt, _ = make_inputs(policy, *args.size)
     sample = dataclasses.replace(prompt.sample, duration=60.0, segments=((1.0, 9.0),))
     found = measure(policy, dataclasses.replace(prompt, sample=sample), args.size[1], args.repeats)
