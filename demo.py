@@ -3,8 +3,9 @@
     python demo.py --dir runs/demo --seed 0                # what `make demo` runs; about 8 minutes on 2 cores
     python demo.py --table runs/demo runs/demo_1 runs/demo_2   # one table over the seeds that were run
 
-It calls the same mains as the command line, with configs/tiny_*.yaml. Writes results.json, curves.png and the run
-folders base/, sft_*/, grpo/ and eval_*/ into --dir. Both trainings keep the checkpoint that is best on validation.
+It calls the same mains as the command line, with configs/tiny_*.yaml. Writes results.json, curves.png, report.html and
+the run folders base/, sft_*/, grpo/ and eval_*/ into --dir. Both trainings keep the checkpoint that is best on
+validation.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import yaml
 
 import eval as evaluation
 import metrics
+import report
 import tiny
 import train_grpo
 import train_sft
@@ -200,6 +202,9 @@ def run_demo(root: Path, seed: int) -> None:
     plot_curves(root)
     print(f"\nresults.json and curves.png are in {root}\n")
     print_table([root])
+    print("\n== report", flush=True)
+    tests = [root / f"eval_{name}{suffix}" for suffix in ("", "_ood") for name in models]
+    report.main([*map(str, (root / "grpo", models["sft"].parent, *tests)), "--out", str(root / "report.html")])
 
 
 def main(argv: list[str] | None = None) -> None:
