@@ -1,0 +1,203 @@
+"""What a device holds under each engine, by hand, and what a step takes of it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import REPO, make_cfg, sft_cfg
+from transformers import AutoConfig, AutoTokenizer
+
+import config
+from costs import Case, Launch, read_launch
+from dryrun import Speed
+from lengths import Length, RoughTokenizer
+from records import Sample
+
+ACCELERATE = REPO / "configs" / "accelerate"
+MODEL_3B = REPO / "configs" / "models" / "Qwen" / "Qwen2.5-VL-3B-Instruct"
+N = 3_754_622_976  # parameters of the published Qwen2.5-VL-3B
+LENGTH = Length(Sample("x", "tvg", "", ""), 10, (2, 8, 8), 32, 8, 0)
+
+
+def recipe(launch: Launch, *overrides: str) -> Case:
+    cfg = config.load(config.GrpoConfig, [str(REPO / "configs/grpo_qwen2_5_vl_3b_charades.yaml")], list(overrides))
+    model = AutoConfig.from_pretrained(MODEL_3B)
+    return Case(cfg, launch, model, RoughTokenizer(151665), LENGTH, 16, Speed(1e12, 1e12, 1e-5), "cuda")
+
+
+def tiny_case(world, cfg, launch: Launch | None = None) -> Case:
+    model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoConfig, AutoTokenizer))
+    return Case(cfg, launch or Launch(), model, tokenizer, LENGTH, 6, Speed(1e12, 1e12, 1e-5), "cuda")
+
+
+def test_the_3b_model_has_the_published_number_of_parameters():
+    """Counted by hand from its layers: 36 of 77,076,992, 32 of the tower of 19,702,200, merger, embeddings."""
+    embeddings, tower = 151936 * 2048 + 2048, 32 * 19_702_200 + 1_505_280 + 36_708_608
+    case = recipe(Launch(8, 2))
+    assert sum(p.numel() for p in case.policy.parameters()) == N == embeddings + 36 * 77_076_992 + tower
+    assert sum(p.numel() for p in case.policy.model.model.visual.parameters()) == tower
+    assert all(p.requires_grad and p.itemsize == 2 for p in case.policy.parameters())
+
+
+ENGINES = {
+    Launch(8, 2): {"weights": 2 * N, "gradients": N // 2, "optimizer": 12 * N // 8, "buffers": 10**9},
+    Launch(8, 3): {"weights": N // 4, "gradients": N // 2, "optimizer": 12 * N // 8, "buffers": 3 * 10**9},
+    Launch(8, 3, True): {"weights": N // 4, "gradients": 0, "optimizer": 0, "buffers": 3 * 10**9},
+    Launch(8, 3, True, True): {"weights": 0, "gradients": 0, "optimizer": 0, "buffers": 3 * 10**9},
+    Launch(8, 3, bucket=10, live=20): {"weights": N // 4, "gradients": N // 2, "optimizer": 12 * N // 8, "buffers": 60},
+    Launch(1, 2): {"weights": 2 * N, "gradients": 4 * N, "optimizer": 12 * N, "buffers": 10**9},
+}
+
+
+@pytest.mark.parametrize("launch", ENGINES, ids=str)
+def test_what_deepspeed_holds_of_the_3b_model(launch):
+    case, expected = recipe(launch), ENGINES[launch]
+    assert case.resident == expected | {"reference": expected["weights"]}
+    assert recipe(launch, "loss.beta=0").resident["reference"] == 0
+    offloaded = 2 * N * launch.offload_params + 16 * N * launch.offload_optimizer
+    assert case.host == offloaded // 8
+
+
+def test_what_one_process_and_ddp_hold(world, tmp_path):
+    """Float32, AdamW: 4 bytes of weight and gradient, 8 of state; DDP copies gradients into its buckets."""
+    cfg = make_cfg(world, tmp_path, "model.freeze_vision=false", "loss.beta=0.1")
+    one, two = tiny_case(world, cfg), tiny_case(world, cfg, Launch(2))
+    size = sum(p.numel() for p in one.policy.parameters())
+    expected = {"weights": 4 * size, "reference": 4 * size, "gradients": 4 * size, "optimizer": 8 * size, "buffers": 0}
+    assert one.resident == expected
+    assert two.resident == expected | {"buffers": 4 * size}
+    adapters = tiny_case(world, make_cfg(world, tmp_path, "model.lora_rank=4", "loss.beta=0.1"))
+    trained = sum(p.numel() for p in adapters.policy.parameters() if p.requires_grad)
+    assert 0 < trained < size / 10
+    assert adapters.resident["gradients"] * 2 == adapters.resident["optimizer"] == 8 * trained
+    assert adapters.resident["reference"] == 0  # it is the model without them
+
+
+def test_a_phase_adds_to_what_is_held_meanwhile(world, tmp_path):
+    """Gradients are there once the second micro-batch begins, and under ZeRO-3 always; sampling has whole weights."""
+    cfg = make_cfg(world, tmp_path, "data.micro_batch_size=2", "model.freeze_vision=false", "loss.beta=0.1")
+    case = tiny_case(world, cfg)
+    held, phases = case.resident, case.run[0]
+    still = held["weights"] + held["reference"] + held["optimizer"]
+    assert case.totals["decode"] == still + phases["decode"].peak
+    assert case.totals["backward"] == still + held["gradients"] + phases["backward"].peak
+    sharded = tiny_case(world, cfg, Launch(2, 3))
+    held, whole = sharded.resident, sum(p.nbytes for p in sharded.policy.parameters())
+    assert sharded.totals["decode"] == sum(held.values()) + whole + sharded.run[0]["decode"].peak
+    assert sharded.totals["backward"] == sum(held.values()) + sharded.run[0]["backward"].peak
+    assert case.peak == max(case.totals.items(), key=lambda item: item[1])
+
+
+def test_gradients_of_a_single_micro_batch_come_as_activations_go(world, tmp_path):
+    """They are counted once, in the pass that makes them."""
+    cfg = make_cfg(world, tmp_path, "data.micro_batch_size=4", "model.freeze_vision=false")
+    case = tiny_case(world, cfg)
+    assert (
+        case.keeps_gradients
+        and not tiny_case(world, replace(cfg, data=replace(cfg.data, micro_batch_size=2))).keeps_gradients
+    )
+    held = case.resident
+    assert (
+        case.totals["backward"]
+        == held["weights"] + held["optimizer"] + case.run[0]["backward"].peak + held["reference"]
+    )
+    assert case.run[0]["backward"].peak > held["gradients"]
+
+
+def test_repeats_count_for_flops_and_not_for_memory(world, tmp_path):
+    """A step has 4 videos: in one or in 4 micro-batches the same FLOPs but for what does not depend on them."""
+    whole, cut = (
+        tiny_case(world, make_cfg(world, tmp_path, f"data.micro_batch_size={n}", f"rollout.micro_batch_size={n}"))
+        for n in (4, 1)
+    )
+    for name in ("decode", "forward", "head", "backward"):
+        a, b = whole.run[0][name], cut.run[0][name]
+        assert a.flops == pytest.approx(b.flops, rel=0.01), name
+        assert a.peak > 1.5 * b.peak, name
+    mu = tiny_case(world, make_cfg(world, tmp_path, "loss.updates_per_rollout=3", "loss.beta=0.1"))
+    one = tiny_case(world, make_cfg(world, tmp_path, "loss.beta=0.1"))
+    assert mu.run[0]["backward"].flops == pytest.approx(3 * one.run[0]["backward"].flops)
+    assert mu.run[0]["reference"].flops == pytest.approx(one.run[0]["reference"].flops)
+
+
+def test_flops_of_the_update_are_three_forwards(world, tmp_path):
+    """2 FLOPs a weight and token forward, twice that backward, once more with checkpoints; attention is small here."""
+    case = tiny_case(world, make_cfg(world, tmp_path))
+    layers = sum(p.numel() for name, p in case.policy.model.model.language_model.named_parameters() if "layers" in name)
+    num_tokens = 4 * (LENGTH.prompt + 4 * 6)  # 4 videos, 4 completions of 6
+    assert case.run[0]["forward"].flops == pytest.approx(2 * layers * num_tokens, rel=0.1)
+    assert case.run[0]["backward"].flops == pytest.approx(2 * case.run[0]["forward"].flops, rel=0.1)
+    again = tiny_case(world, make_cfg(world, tmp_path, "model.gradient_checkpointing=true")).run[0]
+    assert again["backward"].flops == pytest.approx(3 * case.run[0]["forward"].flops, rel=0.1)
+    assert again["head"].held < case.run[0]["head"].held / 3
+
+
+def test_supervised_tuning_samples_nothing(world, tmp_path):
+    phases, cache = tiny_case(world, sft_cfg(world, tmp_path)).run
+    assert list(phases) == ["forward", "head", "backward", "optimizer"] and cache == 0
+
+
+def test_validation_is_a_phase_of_its_own(world, tmp_path):
+    """Its batch is not that of a step: 32 prompts at a time can take more than training."""
+    few, many = (
+        tiny_case(world, make_cfg(world, tmp_path, "data.validation=x", f"eval.batch_size={n}")).run[0]["validation"]
+        for n in (2, 32)
+    )
+    assert many.peak > 8 * few.peak and many.flops == 0
+    assert "validation" not in tiny_case(world, make_cfg(world, tmp_path)).run[0]
+
+
+def test_every_accelerate_file_can_be_read():
+    found = {path.name: read_launch(str(path)) for path in ACCELERATE.glob("*.yaml")}
+    assert found["ddp.yaml"] == Launch(8) and found["cpu2.yaml"] == Launch(2)
+    assert found["zero2.yaml"] == Launch(8, 2) and found["zero3.yaml"] == Launch(8, 3)
+    assert str(Launch()) == "one process" and str(Launch(8, 3, True)) == "ZeRO-3, 8 processes, optimizer on the host"
+
+
+def test_a_deepspeed_file_is_read(tmp_path):
+    own = {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "reduce_bucket_size": 1e7,
+        "stage3_max_live_parameters": "auto",
+    }
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": own}))
+    section = f"deepspeed_config: {{deepspeed_config_file: {tmp_path}/ds.json}}"
+    text = f"distributed_type: DEEPSPEED\nnum_processes: 4\n{section}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_launch(str(tmp_path / "a.yaml")) == Launch(4, 3, True, bucket=10**7)
+
+
+def test_the_launchers_environment_is_read(monkeypatch):
+    assert read_launch() == Launch()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert read_launch() == Launch(4)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    assert read_launch() == Launch(4, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distributed_type: FSDP\nnum_processes: 2\n", "distributed_type FSDP is not planned for"),
+        ("distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 1}\n", "ZeRO-1 is not planned"),
+        ("distributed_type: MULTI_GPU\nnum_processes: -1\n", "num_processes is -1"),
+        ("distributed_type: [\n", "not a configuration of accelerate"),
+        ("- 1\n", "not a configuration of accelerate"),
+        ("distributed_type: MULTI_GPU\nnum_processes: 2\nnonsense: 1\n", "nonsense"),
+    ],
+)
+def test_a_bad_accelerate_file_is_named(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_launch(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_accelerate_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml not found"):
+        read_launch(str(tmp_path / "nowhere.yaml"))

@@ -1,0 +1,204 @@
+"""`--plan` as a user types it: the recipe on its annotations, supervised tuning, what does not fit, bad input."""
+
+import gzip
+import shutil
+
+import pytest
+from conftest import REPO, SHARED, make_cfg, sft_cfg
+
+import config
+import convert
+import plan
+import train_grpo
+import train_sft
+from config import GrpoConfig, PlanConfig
+from costs import Launch
+from plan import GIB
+
+N = 3_754_622_976  # parameters of the published Qwen2.5-VL-3B
+RECIPE = str(REPO / "configs" / "grpo_qwen2_5_vl_3b_charades.yaml")
+ZERO2 = str(REPO / "configs" / "accelerate" / "zero2.yaml")
+CHARADES = SHARED / "data" / "annotations" / "charades_sta"
+
+
+@pytest.fixture(scope="module")
+def tiny_plan(world, tmp_path_factory):
+    cfg = make_cfg(world, tmp_path_factory.mktemp("plan"), "loss.beta=0.1", "data.micro_batch_size=2")
+    return cfg, plan.plan(cfg, PlanConfig(completion_tokens=3))
+
+
+def test_a_plan_of_the_tiny_world(tiny_plan):
+    _, found = tiny_plan
+    tokens = found.tokens
+    assert found.num_samples == round(4 * found.steps_per_epoch) > 10
+    assert tokens["completion"] == (1, 3, 6, 6)
+    for i in range(4):
+        assert tokens["row"][i] == tokens["prompt"][i] + 4 * tokens["completion"][i]
+        assert tokens["prompt"][i] > tokens["video"][i] > 0
+    assert found.sampled_tokens == 4 * 4 * 3
+    assert found.parameters["total"] == found.parameters["vision"] + found.parameters["text"]
+    assert found.parameters["trained"] == found.parameters["text"]  # the tower is frozen
+    assert found.peak == found.longest_totals[found.peak_phase] and found.knobs == []
+    assert all(found.longest[name].peak >= found.phases[name].peak for name in found.phases)
+    assert found.seconds == sum(phase.seconds for phase in found.phases.values()) > 0
+
+
+def test_the_report_says_it_all(tiny_plan):
+    cfg, found = tiny_plan
+    text = plan.report(found, cfg, PlanConfig(completion_tokens=3))
+    for word in (*found.resident, *found.phases, "tokens", "p95", "fits in 80 GiB", "steps an epoch", "KV cache"):
+        assert word in text, word
+    assert f"parameters: total {found.parameters['total']:,}" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (("data.micro_batch_size=4",), ("model.gradient_checkpointing=true", "data.micro_batch_size=2")),
+        (
+            ("eval.every=1", "eval.batch_size=64", "data.validation=data.jsonl", "eval.num_samples=0"),
+            ("eval.batch_size=32",),
+        ),
+    ],
+)
+def test_what_does_not_fit_names_the_knobs_that_help(world, tmp_path, overrides, names):
+    """Each was turned and the step run again: the bytes beside it are those of a plan with that value."""
+    cfg = make_cfg(world, tmp_path, *overrides)
+    found = plan.plan(cfg, PlanConfig(memory_gib=2.001))
+    text = plan.report(found, cfg, PlanConfig(memory_gib=2.001))
+    assert "DOES NOT FIT in 2.001 GiB" in text
+    assert set(names) <= {name for name, _ in found.knobs}
+    assert [size for _, size in found.knobs] == sorted(size for _, size in found.knobs)
+    assert all(size < found.peak for _, size in found.knobs)
+    for name in names[:1]:
+        changed = plan.plan(make_cfg(world, tmp_path, *overrides, name))
+        assert changed.peak == dict(found.knobs)[name]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_too_large_names_engines(tmp_path):
+    """On one device: the optimizer's state takes the most."""
+    cfg = recipe(tmp_path, "rollout.max_new_tokens=16")
+    found = plan.plan(cfg, PlanConfig(memory_gib=40.0))
+    assert found.launch == Launch(1, 2) and "ZeRO-2 on one process is assumed" in found.notes[0]
+    names = [name for name, _ in found.knobs]
+    assert "ZeRO-2, 1 process, optimizer on the host" in names and "loss.beta=0.0" in names
+    assert "model.freeze_vision=true model.lora_rank=16" in names
+
+
+def recipe(tmp_path, *overrides: str, durations=(10.0, 30.0)) -> GrpoConfig:
+    """The recipe on a few records without files."""
+    lines = [
+        f'{{"id": "{i}", "task": "tvg", "video": "{i}.mp4", "duration": {d}, "question": "q", "segments": [[1, 2]]}}\n'
+        for i, d in enumerate(durations)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
+    return config.load(GrpoConfig, [RECIPE], [f"data.train={tmp_path}/data.jsonl", *overrides])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHARADES.is_dir(), reason="needs the annotations in ../shared/data")
+def test_the_recipe_on_charades_sta(tmp_path, capsys):
+    """No network, no weights, no video; everything as typed but for where the records lie."""
+    (tmp_path / "charades.json").write_bytes(gzip.decompress((CHARADES / "charades.json.gz").read_bytes()))
+    source = ["charades_sta", "--annotations", str(CHARADES / "charades_sta_train.txt")]
+    convert.main([*source, "--durations", str(tmp_path / "charades.json"), "--out", str(tmp_path / "train.jsonl")])
+    capsys.readouterr()
+    words = ["--config", RECIPE, f"data.train={tmp_path}/train.jsonl", "--plan", ZERO2, "plan.completion_tokens=110"]
+    train_grpo.main(words)
+    text = capsys.readouterr().out
+    assert "parameters: total 3,754,622,976, vision 668,684,288" in text and "12,408 records" in text
+    assert "775.5 steps an epoch" in text and "fits in 80 GiB" in text and "14,080 tokens sampled" in text
+    cfg = config.load(GrpoConfig, [RECIPE], [f"data.train={tmp_path}/train.jsonl"])
+    found = plan.plan(cfg, PlanConfig(engine=ZERO2))
+    assert found.parameters["total"] == N and found.tokens["video"][3] <= 2048
+    assert found.resident["weights"] == pytest.approx(2 * N, rel=0.01)
+    assert found.resident["optimizer"] == pytest.approx(12 * N / 8, rel=0.01)
+    # 36 layers, keys and values of 2 x 128 numbers of 2 bytes; 2 prompts, 16 completions of 2,048 tokens
+    assert found.cache == 36 * 2 * 256 * 2 * (2 * (found.tokens["prompt"][3] - 1) + 16 * 2048)
+
+
+def test_supervised_tuning_is_planned_with_its_targets(world, tmp_path, capsys):
+    cfg = sft_cfg(world, tmp_path)
+    (tmp_path / "sft.yaml").write_text(config.to_yaml(cfg))
+    assert train_sft.main(["--config", str(tmp_path / "sft.yaml"), "--plan"]) is None
+    text = capsys.readouterr().out
+    assert "forward" in text and "decode" not in text and "KV cache" not in text
+    found = plan.plan(cfg, target_text=lambda sample: train_sft.target_text(sample, False))
+    low, mean, _, high = found.tokens["completion"]
+    assert 2 < low <= mean <= high < 40 and found.sampled_tokens == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line(world, tmp_path, capsys):
+    """A file after --plan is accelerate's, an override is an override; nothing is trained or written."""
+    cfg = make_cfg(world, tmp_path)
+    (tmp_path / "a.yaml").write_text(config.to_yaml(cfg))
+    words = ["--config", str(tmp_path / "a.yaml")]
+    ddp = str(REPO / "configs" / "accelerate" / "ddp.yaml")
+    train_grpo.main([*words, "--plan", ddp, "data.batch_size=8", "plan.memory_gib=24"])
+    text = capsys.readouterr().out
+    assert "DDP, 8 processes; 8 videos a step" in text and "fits in 24 GiB" in text
+    assert not (tmp_path / "run").exists()
+    _, _, assumed = config.from_command_line(GrpoConfig, [*words, "--plan", "loss.beta=0.0"], "", "")
+    assert assumed == PlanConfig()
+    cfg, _, assumed = config.from_command_line(GrpoConfig, ["plan.tflops=3", "--plan", "loss.beta=0.5"], "", words[1])
+    assert (cfg.loss.beta, assumed.tflops) == (0.5, 3.0)
+    assert config.from_command_line(GrpoConfig, words, "", "")[2] is None
+
+
+def test_only_the_main_process_prints(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    plan.show(make_cfg(world, tmp_path), PlanConfig())
+    assert capsys.readouterr().out == ""
+
+
+def error_of(words: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as caught:
+        train_grpo.main(words)
+    assert capsys.readouterr().out == ""
+    message = str(caught.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def test_bad_input_ends_with_one_line(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(REPO)
+    cfg = make_cfg(world, tmp_path)
+    (tmp_path / "a.yaml").write_text(config.to_yaml(cfg))
+    words = ["--config", str(tmp_path / "a.yaml"), "--plan"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    for override, message in {
+        f"model.path={tmp_path}/empty": "no config.json that can be read",
+        f"model.path={tmp_path}/llama": "family llama is not one of",
+        "data.train=nowhere.yaml": "data file nowhere.yaml not found",
+        "plan.tflop=3": "unknown key plan.tflop; did you mean plan.tflops?",
+        "plan.memory_gib=0": "plan.memory_gib must be above 0",
+        "model.dtype=bfloat16 plan.engine=configs/accelerate/ddp.yaml": "or under DeepSpeed, not under DDP",
+        "optim.muon_lr=0.1 plan.engine=configs/accelerate/zero2.yaml data.batch_size=8": "needs whole matrices",
+        "plan.engine=configs/accelerate/ddp.yaml": "data.batch_size 4 does not divide by the 8 processes",
+        "plan.engine=nowhere.yaml": "accelerate configuration nowhere.yaml not found",
+    }.items():
+        assert message in error_of([*words, *override.split()], capsys)
+    with pytest.raises(SystemExit, match=r"'plan\.tflops=3' is for --plan"):
+        train_grpo.main([*words[:2], "plan.tflops=3"])
+
+
+def test_a_folder_with_a_config_alone_will_do(world, tmp_path):
+    """Without its tokenizer texts are estimated, which is said; the plan is within a tenth of the exact one."""
+    (tmp_path / "model").mkdir()
+    shutil.copy(world / "model" / "config.json", tmp_path / "model")
+    cfg = make_cfg(world, tmp_path)
+    exact, rough = plan.plan(cfg), plan.plan(make_cfg(world, tmp_path, f"model.path={tmp_path}/model"))
+    assert exact.tokens["video"] == rough.tokens["video"]
+    assert "4 characters a token" in rough.notes[0] and "characters" not in exact.notes[0]
+    assert rough.peak == pytest.approx(exact.peak, rel=0.1)
+
+
+def test_a_model_of_the_recipes_needs_no_network(tmp_path):
+    """Its published config.json is here: 3,754,622,976 parameters."""
+    found = plan.plan(recipe(tmp_path, "rollout.max_new_tokens=8", "data.batch_size=2"), PlanConfig(memory_gib=200.0))
+    assert found.parameters["total"] == N
+    assert found.resident["weights"] / GIB == pytest.approx(6.99, abs=0.01)
