@@ -1,0 +1,59 @@
+"""What a number needs beside it to be trusted: versions, commit and uncommitted changes, devices. Nothing to run."""
+
+import hashlib
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "deepspeed",
+    "decord2",
+    "decord",
+    "av",
+    "numpy",
+    "tokenizers",
+)
+
+
+def code_hash() -> str:
+    """Of the Python files beside this one: equal where the same code ran, whatever else was committed."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"\0".join(part for f in files for part in (f.name.encode(), f.read_bytes()))).hexdigest()[
+        :12
+    ]
+
+
+def environment() -> dict:
+    """Versions, commit and uncommitted changes, devices: what a number needs beside it to be trusted."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": packages,
+        "devices": devices or [f"cpu, {torch.get_num_threads()} threads"],
+        "code_hash": code_hash(),
+        "commit": _git("rev-parse", "HEAD"),
+        "diff": _git("diff", "HEAD"),
+    }
+
+
+def _git(*args: str) -> str | None:
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

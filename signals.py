@@ -1,0 +1,85 @@
+"""SIGTERM and SIGINT: a program stops with one line that says how to go on, a training run after the step at hand.
+
+Nothing to run.
+"""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ECHO_S = 2.0  # a second signal so soon is the first one again: Slurm tells us and our launcher, which tells us too
+LAUNCHER_GRACE_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # of torch's launcher: so long after its signal it kills us
+
+
+@contextmanager
+def handled(handler: Callable[[int], None]) -> Iterator[None]:
+    """Calls `handler(number)` at SIGTERM and SIGINT; but for the main thread, where alone that is possible, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: handler(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before):
+            signal.signal(number, old)
+
+
+@contextmanager
+def interruptible(flag: str = "--resume") -> Iterator[None]:
+    """A signal ends the program here and now, with the command that goes on: the present one and `flag`."""
+
+    def stop(number: int) -> None:
+        raise SystemExit(f"stopped by {signal.Signals(number).name}; to go on: {command(flag)}")
+
+    with handled(stop):
+        yield
+
+
+class StopRequest:
+    """A signal that asks a training run to stop; once more, and the process ends at once."""
+
+    def __init__(self, tell: bool):
+        self.tell = tell
+        self.first_s: float | None = None  # when it came
+
+    @property
+    def received(self) -> bool:
+        return self.first_s is not None
+
+    def __call__(self, number: int) -> None:
+        now, name = time.monotonic(), signal.Signals(number).name
+        if self.first_s is None:
+            self.first_s = now
+            grace = f"; the launcher waits {os.environ.get(LAUNCHER_GRACE_S, 30)} s ({LAUNCHER_GRACE_S})"
+            if self.tell:
+                print(
+                    f"\n{name}: stopping after this step, with a checkpoint{grace if is_launched() else ''}",
+                    file=sys.stderr,
+                )
+        elif now - self.first_s > ECHO_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def is_launched() -> bool:
+    """Whether torch's launcher, which `accelerate launch` calls for several processes, has started this one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def command(flag: str = "") -> str:
+    """The command this program was started with, as for a shell, and `flag` at its end."""
+    words = sys.orig_argv
+    if is_launched():  # by our parent
+        try:
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+        except OSError:  # not Linux
+            words = ["accelerate", "launch", "...", *sys.argv]
+    return shlex.join([*words, *([flag] if flag and flag not in words else [])])
