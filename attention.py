@@ -53,9 +53,10 @@ def attend(query, key, value, is_causal: bool, scale: float, bias: Tensor | None
     """Attention (B, heads, S, D) and the log-sum-exp of each query's scores (B, heads, S).
 
     Keys and values (B, heads, L, D); causal means that query s sees the keys up to s. `bias` broadcasts to
-    (B, heads, S, L) and is added to the scores.
+    (B, heads, S, L) and is added to the scores. On a CPU the output is float32 at least.
     """
     if query.device.type == "cpu":
+        query, key, value, bias = _exact(query, key, value, bias)
         mask = None if bias is None else bias.expand(len(query), 1, query.shape[2], -1)
         return aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
@@ -69,6 +70,7 @@ def attend(query, key, value, is_causal: bool, scale: float, bias: Tensor | None
 def attend_backward(grad, query, key, value, out, lse, is_causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, if exp(scores - lse) are the weights that `out` was made with."""
     if query.device.type == "cpu":
+        grad, query, key, value, out = _exact(grad, query, key, value, out)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, is_causal, scale=scale
         )
@@ -77,6 +79,12 @@ def attend_backward(grad, query, key, value, out, lse, is_causal: bool, scale: f
         shape = (None, None, query.shape[2], key.shape[2], 0.0, is_causal, state, state[:0])
         return aten._scaled_dot_product_flash_attention_backward(grad, query, key, value, out, lse, *shape, scale=scale)
     return _plain_backward(grad, query, key, value, out, lse, is_causal, scale)
+
+
+def _exact(*tensors: Tensor | None) -> list[Tensor | None]:
+    """In float32 at least: in bfloat16 the CPU's kernel takes another exponential where a row of keys ends, and the
+    log-prob of a token would depend on how many keys stand beside its own."""
+    return [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
 def _has_cuda_flash(query: Tensor) -> bool:
@@ -109,8 +117,7 @@ def _plain_backward(grad, query, key, value, out, lse, is_causal, scale):
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """The attention over the keys of both, from two attentions (..., S, D) of the same queries over different keys."""
     both = torch.logaddexp(lse, other_lse)
-    parts = out * (lse - both).exp()[..., None] + other * (other_lse - both).exp()[..., None]
-    return parts.to(out.dtype), both
+    return out * (lse - both).exp()[..., None] + other * (other_lse - both).exp()[..., None], both
 
 
 class CompletionAttention(torch.autograd.Function):
@@ -123,6 +130,7 @@ class CompletionAttention(torch.autograd.Function):
         own, own_lse = attend(*_tables(query, key[:, :, num:], value[:, :, num:], span), True, scale)
         out, lse = out.reshape(query.shape), lse.reshape(query.shape[:3])
         out, lse = merge(out, lse, _rows(own, span), _rows(own_lse[..., None], span)[..., 0])
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.span, ctx.scale = span, scale
         return out
@@ -203,7 +211,7 @@ def group_attention(query: Tensor, key: Tensor, value: Tensor, prompt: SharedPro
     out, lse = attend(folded, prompt.keys, prompt.values, False, scale, prompt.bias)
     out, lse = (x.unflatten(2, (size, heads)).transpose(1, 2).flatten(0, 1) for x in (out, lse))
     own, own_lse = attend(query.reshape(-1, kv_heads, heads, query.shape[3]), key, value, False, scale)
-    return merge(out, lse, own, own_lse)[0].flatten(1, 2)[:, None]
+    return merge(out, lse, own, own_lse)[0].flatten(1, 2)[:, None].to(query.dtype)
 
 
 def window_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):

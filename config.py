@@ -30,7 +30,13 @@ class RunConfig:
     save_every: int = 100  # steps between checkpoints; the last step is always saved
     keep_checkpoints: int = 2  # newest checkpoints kept
     print_every: int = 20  # steps between two printed completions
+    max_skipped: int = 5  # updates in a row without a finite gradient until the run stops; each of them moves nothing
+    timeout: float = 1800.0  # seconds that a process waits for the others, then the run ends and names them
+    self_check: bool = True  # before the first step: positions, log-probs, video and processes, see selfcheck.py
     tracker: str = "tensorboard"  # any tracker that accelerate knows, or "none"; metrics.jsonl is always written
+
+    def __post_init__(self):
+        _check_positive({"run.timeout": self.timeout})
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights and activations; log-probs are always float32
     freeze_vision: bool = True  # tower and merger get no gradient and run once per video and step
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    gather_weights: bool = True  # ZeRO-3: each device holds the model whole while it samples; False: anew every token
     lora_rank: int = 0  # above 0: only adapters of this rank on the language model's linear layers are trained (peft)
     lora_alpha: float = 32.0  # an adapter's output is scaled by lora_alpha / lora_rank
     lora_merger: bool = False  # adapters on the vision merger's linear layers as well
@@ -221,6 +228,22 @@ class RuleConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """What `--plan` assumes. Not part of a run's configuration, but given like it: `plan.tflops=300`."""
+
+    engine: str = ""  # file of `accelerate launch`; "" for what it has set, or one process
+    memory_gib: float = 80.0  # of a device
+    tflops: float = 400.0  # TFLOP/s that a device reaches in matrix products, not its peak
+    bandwidth: float = 2.0  # TB/s that it reaches in reading and writing memory
+    launch_us: float = 10.0  # microseconds that any operation takes at least
+    completion_tokens: int = 0  # mean length of a completion, for the time of a step; 0: rollout.max_new_tokens
+
+    def __post_init__(self):
+        _check_positive({f"plan.{n}": getattr(self, n) for n in ("memory_gib", "tflops", "bandwidth", "launch_us")})
+        _check_at_least_0({"plan.completion_tokens": self.completion_tokens})
+
+
+@dataclass(frozen=True)
 class GrpoConfig:
     """Everything `train_grpo.py` reads."""
 
@@ -357,6 +380,7 @@ def _check_training(cfg) -> None:
         "run.save_every": cfg.run.save_every,
         "run.keep_checkpoints": cfg.run.keep_checkpoints,
         "run.print_every": cfg.run.print_every,
+        "run.max_skipped": cfg.run.max_skipped,
         "data.batch_size": cfg.data.batch_size,
         "data.micro_batch_size": cfg.data.micro_batch_size,
         "optim.lr": cfg.optim.lr,
@@ -415,22 +439,39 @@ def to_yaml(cfg: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
 
 
+@dataclass(frozen=True)
+class _Planned:
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+
 def from_command_line(
     config_class: type[ConfigT], argv: list[str] | None, doc: str, default: str
-) -> tuple[ConfigT, bool]:
-    """Parse `[--config FILE ...] [--resume] [section.key=value ...]`; returns the config and `resume`.
+) -> tuple[ConfigT, bool, PlanConfig | None]:
+    """Parse `[--config FILE ...] [--resume] [--plan [FILE]] [section.key=value ...]`.
 
-    Without --config the file `default`, beside this one, is read.
+    Returns the config, `resume`, and what --plan assumes, None without it. Without --config the file `default`, beside
+    this one, is read.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--config", nargs="+", default=[], action="extend", metavar="FILE", help="YAML; later files win"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.dir")
+    parser.set_defaults(plan=None)
+    if "optim" in get_type_hints(config_class):  # it trains
+        text = "print tokens, memory and time instead of training; FILE is that of `accelerate launch`"
+        parser.add_argument("--plan", nargs="?", const="", metavar="FILE", help=text)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
     files, overrides = split_overrides(args.config + args.overrides)
-    return load(config_class, files or [str(Path(__file__).parent / default)], overrides), args.resume
+    engine, more = split_overrides([args.plan] if args.plan else [])  # `--plan a.b=1` names no file
+    assumed = [f"plan.engine={file}" for file in engine]
+    assumed += [text for text in overrides + more if text.startswith("plan.")]
+    if assumed and args.plan is None:
+        raise ValueError(f"override {assumed[0]!r} is for --plan")
+    planned = None if args.plan is None else load(_Planned, [], assumed).plan
+    overrides = [text for text in overrides + more if not text.startswith("plan.")]
+    return load(config_class, files or [str(Path(__file__).parent / default)], overrides), args.resume, planned
 
 
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:

@@ -24,6 +24,7 @@ from batches import DoneBatches, cut, remove_lines
 from compare import compare, read_predictions
 from config import EvalRunConfig
 from data import read_samples
+from environment import code_hash
 from loader import LEAST_ASKED, NUM_LISTED, make_workers, read_ahead
 from metrics import (
     MAIN_METRIC,
@@ -41,7 +42,9 @@ from pretrained import load_policy, save_model
 from prompts import Prompt, PromptBuilder, make_builder
 from records import Sample
 from rollout import generate
-from run import Run, code_hash, user_errors, write_text
+from run import Run, user_errors, write_text
+from selfcheck import check_model, check_ranks
+from signals import interruptible
 from video import VideoError
 from workers import Workers
 
@@ -54,18 +57,21 @@ def predict(
     cfg,
     num_answers: int = 1,
     seed: int | None = None,
+    stand_in: Prompt | None = None,
 ) -> Iterator[list[dict]]:
     """The prediction rows of each batch, in the order of its samples: greedy, or `num_answers` each from `seed`.
 
     A row has `video_tokens`, `frames_cut`, `num_tokens` and `num_truncated`; or, where the video cannot be read, no
     answer and an `error`. `policy` is the unwrapped model; `cfg` has `batch_size`, `max_new_tokens` and `answer`.
+    `stand_in` is run for a batch without a readable video, where all processes must make the same calls.
     """
     samples = [sample for batch in batches for sample in batch]
     loaded = read_ahead(samples, builder, workers, cfg.batch_size + 2 * workers.num)
     for batch in batches:
         results = list(islice(loaded, len(batch)))
         prompts = [result for result in results if isinstance(result, Prompt)]
-        answers = iter(_answers(policy, prompts, cfg, num_answers, seed) if prompts else ())
+        asked = prompts or ([stand_in] if stand_in else [])
+        answers = iter(_answers(policy, asked, cfg, num_answers, seed, stand_in is not None) if asked else ())
         rows = []
         for sample, result in zip(batch, results, strict=True):
             if isinstance(result, VideoError):
@@ -77,10 +83,12 @@ def predict(
         yield rows
 
 
-def _answers(policy: Policy, prompts: list[Prompt], cfg, num: int, seed: int | None) -> list[tuple[list[str], dict]]:
+def _answers(
+    policy: Policy, prompts: list[Prompt], cfg, num: int, seed: int | None, synced: bool
+) -> list[tuple[list[str], dict]]:
     """`num` responses to each prompt, and what they took."""
     embeds = policy.embed_each(prompts)
-    rollout = generate(policy, prompts, embeds, num, cfg.max_new_tokens, cfg.batch_size, seed)
+    rollout = generate(policy, prompts, embeds, num, cfg.max_new_tokens, cfg.batch_size, seed, synced=synced)
     groups = [slice(i, i + num) for i in range(0, len(rollout.texts), num)]
     used = [
         {"num_tokens": int(rollout.mask_BT[g].sum()), "num_truncated": int(rollout.truncated_B[g].sum())}
@@ -126,20 +134,29 @@ class Validator:
         if not self.samples or step % self.cfg.eval.every:
             return {}
         engine = self.run.engine
-        mine = self.samples[engine.rank :: engine.world_size]
-        batches = cut(mine, self.cfg.eval.batch_size)
-        predicted = predict(policy, batches, self.builder, self.workers, self.cfg.eval)
-        rows = engine.gather_rows(row for rows in predicted for row in rows)
+        with engine.phase("validation"), engine.whole_weights(self.cfg.model.gather_weights) as whole:
+            rows = engine.gather_rows(self._predict_mine(policy, whole))
         tasks = score_predictions(rows, self.cfg.eval.answer)["tasks"]
         mean = sum(tasks[task][MAIN_METRIC[task]] for task in tasks) / len(tasks)
-        if mean > self.state["best"]:
+        if mean > self.state["best"] and self.run.write_folder(
+            "best", lambda folder, weights: save_model(policy, folder, self.cfg.model.path, weights)
+        ):
             self.state["best"] = mean
-            if self.run.is_main:
-                save_model(policy, self.run.dir / "best", self.cfg.model.path)
         named = {
             f"validation/{task}/{name}": v for task in tasks for name, v in tasks[task].items() if isinstance(v, float)
         }
         return named | {"validation/score": mean, "validation/num_unreadable": float(sum("error" in r for r in rows))}
+
+    def _predict_mine(self, policy: Policy, whole: bool) -> list[dict]:
+        """The rows of this process's share; unless the weights are `whole`, as many batches as every other process."""
+        rank, world_size, cfg = self.run.engine.rank, self.run.engine.world_size, self.cfg.eval
+        batches, stand_in = cut(self.samples[rank::world_size], cfg.batch_size), None
+        if not whole:
+            loaded = read_ahead(self.samples, self.builder, self.workers, 1)
+            stand_in = next((prompt for prompt in loaded if isinstance(prompt, Prompt)), None)
+            batches += [[]] * (len(cut(self.samples[::world_size], cfg.batch_size)) - len(batches))
+        predicted = predict(policy, batches, self.builder, self.workers, cfg, stand_in=stand_in)
+        return [row for rows in predicted for row in rows]
 
 
 def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
@@ -148,15 +165,17 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
     With `resume`, a run that was stopped goes on, and leaves what it would have left.
     """
     with user_errors():
-        run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, "none", resume, keep=0)
+        run = Run(cfg.run, config.to_yaml(cfg), resume, checkpoints=False)
         if (run.dir / "metrics.json").is_file():
             return _finished(run)
         samples = read_samples(cfg.data.test, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         policy = load_policy(cfg.model, cfg.eval.temperature or 1.0).to(run.engine.device)
+        check_ranks(policy, samples, cfg, run)
         by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
         answered = DoneBatches(run, "answers", cut(samples, cfg.eval.batch_size), head_of, by)
         builder = make_builder(cfg, policy.tokenizer)
-    _answer_all(answered, policy, builder, cfg, run)
+    with run.engine.phase("answers"):
+        _answer_all(answered, policy, builder, cfg, run)
     rows = answered.gather()
     env = json.loads((run.dir / "env.json").read_text(encoding="utf-8"))
     spec = specification(cfg, policy.tokenizer) | by | {"packages": env["packages"], "commit": env["commit"]}
@@ -186,15 +205,19 @@ def _answer_all(answered: DoneBatches, policy: Policy, builder: PromptBuilder, c
     mine = answered.mine
     seed = cfg.run.seed if cfg.eval.temperature else None
     scores: dict[str, list[float]] = {}
-    bad, num_samples = [], sum(map(len, answered.batches))
+    bad, samples = [], [sample for batch in answered.batches for sample in batch]
     with make_workers(builder, cfg.data) as workers:
+        if answered.todo:
+            with user_errors():
+                check_model(policy, None, samples, builder, workers, cfg, run)
         batches = [answered.batches[number] for number in mine]
         predicted = predict(policy, batches, builder, workers, cfg.eval, cfg.eval.num_answers, seed)
         bar = tqdm(predicted, total=len(mine), desc="eval", unit="batch", disable=not run.is_main)
         for number, rows in zip(mine, bar, strict=True):
-            answered.add(number, rows)
+            with user_errors():
+                answered.add(number, rows)
             bad += [row for row in rows if "error" in row]
-            if len(bad) > cfg.data.max_bad_share * max(num_samples, LEAST_ASKED):
+            if len(bad) > cfg.data.max_bad_share * max(len(samples), LEAST_ASKED):
                 listed = "; ".join(f"{row['id']}, {row['error']}" for row in bad[:NUM_LISTED])
                 raise SystemExit(
                     f"error: {len(bad)} videos could not be read (data.max_bad_share), the first: {listed}"
@@ -250,7 +273,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 def _run_command(args: argparse.Namespace) -> None:
     with user_errors():
         cfg = config.load(EvalRunConfig, *config.split_overrides(args.config + args.overrides))
-    evaluate(cfg, args.resume)
+    with interruptible():
+        evaluate(cfg, args.resume)
 
 
 def _score_command(args: argparse.Namespace) -> None:

@@ -157,6 +157,11 @@ class Loader:
                 self._ahead[coming] = self._start_share(self.order.indices(coming))
         return self._load(step, 0, self.order.indices(step), [], self._ahead.pop(step))
 
+    def peek(self, step: int) -> list[Sample]:
+        """The samples of step `step`, then all others, without those that could not be read; nothing is counted."""
+        coming = [self.samples[index] for index in self.order.indices(step)]
+        return [sample for sample in coming + self.samples if sample.id not in self.bad]
+
     def refill(self, step: int, refill: int, wanted: list[int], taken: list[int]) -> Round:
         """The videos `wanted` in refill round `refill` (from 1) of a step that has asked for those `taken`."""
         return self._load(step, refill, wanted, taken, self._start_share(wanted))

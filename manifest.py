@@ -38,7 +38,8 @@ class Manifest:
         for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             try:
                 content = json.loads(text)
-                line = {key: content[key] for key in ("row", "id", "path", "ok", "reason", "size", "mtime")}
+                keys = ("row", "id", "path", "ok", "reason", "size", "mtime", *FILE_FIELDS)
+                line = {key: content[key] for key in keys}
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path}:{number}: not a line of a manifest: {error!r}") from None
             if line["path"] is None:
@@ -63,6 +64,11 @@ class Manifest:
         if reason is not None:
             self.dropped[reason_kind(reason)] += 1
         return reason is not None
+
+    def file_of(self, sample_id: str) -> dict | None:
+        """The line of a record whose video is usable: `FILE_FIELDS` and more; None where there is none."""
+        line = self._videos.get(sample_id)
+        return line if line and line["ok"] else None
 
     def report(self, source: str, num_kept: int) -> None:
         """Print what was dropped from `source`, and why. Raises ValueError when records were unknown."""

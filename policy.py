@@ -27,7 +27,7 @@ from attention import Span, make_span
 from prompts import Prompt
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-HEAD_CHUNK = 512  # completion tokens per chunk of the head: their (chunk, V) float32 logits are all that is kept
+HEAD_CHUNK = 512  # most completion tokens in a chunk of the head: their (chunk, V) float32 logits are all that is kept
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Packed:
     predictor_N: Tensor  # index in the row of the token that predicts completion token n
     targets_N: Tensor  # completion token ids
     lengths_B: Tensor  # tokens per completion, in the order of the row
+    num_chunks: int  # in which the head takes the completion tokens
 
 
 def rope_positions(
@@ -81,8 +82,17 @@ def prompt_positions(prompt: Prompt, config) -> tuple[Tensor, int]:
     return rope_positions([prompt.video_start, grid, after], config.vision_config.spatial_merge_size, tokens_per_second)
 
 
-def pack(prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], config, device) -> Packed:
-    """Lay videos and their completions (token ids, each at least one) out in one row, see the head of this file."""
+def pack(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Sequence[int]]],
+    config,
+    device,
+    most_tokens: int = 0,
+) -> Packed:
+    """Lay videos and their completions (token ids, each at least one) out in one row, see the head of this file.
+
+    `most_tokens`: completion tokens of the longest row of any process, where all have to call the head equally often.
+    """
     spans, ids, positions, predictor, targets, lengths = [], [], [], [], [], []
     for prompt, group in zip(prompts, completions, strict=True):
         start, prompt_end = len(ids), len(ids) + len(prompt.ids)
@@ -104,6 +114,7 @@ def pack(prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]
         predictor_N=torch.tensor(predictor, device=device),
         targets_N=torch.tensor(targets, device=device),
         lengths_B=torch.tensor(lengths, device=device),
+        num_chunks=-(-max(len(targets), most_tokens) // HEAD_CHUNK),
     )
 
 
@@ -172,10 +183,10 @@ class Policy(nn.Module):
             use_cache=False,
             spans=packed.spans,
         ).last_hidden_state
-        return self._head(hidden_1SH[0, packed.predictor_N], packed.targets_N, entropy_grad)
+        return self._head(hidden_1SH[0, packed.predictor_N], packed.targets_N, packed.num_chunks, entropy_grad)
 
-    def _head(self, hidden_NH: Tensor, targets_N: Tensor, entropy_grad: bool) -> tuple[Tensor, Tensor]:
-        chunks = list(zip(hidden_NH.split(HEAD_CHUNK), targets_N.split(HEAD_CHUNK)))
+    def _head(self, hidden_NH: Tensor, targets_N: Tensor, num: int, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+        chunks = list(zip(hidden_NH.tensor_split(num), targets_N.tensor_split(num)))
         if torch.is_grad_enabled() and len(chunks) > 1:
             parts = [checkpoint(self._head_chunk, *chunk, entropy_grad, use_reentrant=False) for chunk in chunks]
         else:

@@ -104,19 +104,23 @@ def _add_adapter(model, cfg: ModelConfig) -> PeftModel:
     return get_peft_model(model, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets))
 
 
-def save_model(policy: Policy, folder: str | Path, source: str) -> None:
+def save_model(policy: Policy, folder: str | Path, source: str, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write a Hugging Face folder: our weights, with LoRA the adapter's alone, every other file as `source` has it.
 
-    Where `source` is an adapter folder, those files are the full model's. Tensors have the names that they have in
-    the files of `source` (transformers 5 renames on loading, and renames back here) and the dtype they are trained in.
+    `weights` are the policy's by name, where it does not hold them itself (engine.Engine.gathered_weights). Where
+    `source` is an adapter folder, those files are the full model's. Tensors have the names that they have in the files
+    of `source` (transformers 5 renames on loading, and renames back here) and the dtype they are trained in.
     """
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
+    own = policy.state_dict() if weights is None else weights
+    own = {name.removeprefix("model."): tensor for name, tensor in own.items()}
     if policy.adapter is None:
-        policy.model.save_pretrained(aside)
+        policy.model.save_pretrained(aside, state_dict=own)
     else:
-        policy.adapter.save_pretrained(aside, save_embedding_layers=False)
+        own = {f"base_model.model.{name}": tensor for name, tensor in own.items()}
+        policy.adapter.save_pretrained(aside, save_embedding_layers=False, state_dict=own)
     for file in _side_files(_layers(source)[0]):
         shutil.copyfile(file, aside / file.name)
     if policy.adapter is not None:  # transformers takes a folder with a config.json for a full model

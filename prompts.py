@@ -67,6 +67,11 @@ class PromptBuilder:
         """Lay out the prompt of a sample whose video is decoded."""
         video = to_video(frames, self.geometry)
         video = replace(video, second_per_grid=time_step(video.second_per_grid, self.video.time_step))
+        before, pad, after = self.text_ids(sample)
+        return Prompt(sample, before + [pad] * video.num_tokens + after, len(before), video)
+
+    def text_ids(self, sample: Sample) -> tuple[list[int], int, list[int]]:
+        """Token ids of a sample's prompt before its video, the placeholder's id, and those after it."""
         ids = self.tokenizer(self._text(sample), add_special_tokens=False).input_ids
         pad = self.tokenizer.convert_tokens_to_ids("<|video_pad|>")
         if ids.count(pad) != 1:
@@ -74,7 +79,7 @@ class PromptBuilder:
                 f"sample {sample.id}: the chat template gives {ids.count(pad)} video placeholders, not one"
             )
         start = ids.index(pad)
-        return Prompt(sample, ids[:start] + [pad] * video.num_tokens + ids[start + 1 :], start, video)
+        return ids[:start], pad, ids[start + 1 :]
 
     def _text(self, sample: Sample) -> str:
         system = self.wording.system_think if self.wording.think else self.wording.system_plain

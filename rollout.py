@@ -126,6 +126,7 @@ def generate(
     seed: int | None = 0,
     step: int = 0,
     occurrences: Sequence[int] | None = None,
+    synced: bool = False,
 ) -> Rollout:
     """Sample `group_size` completions of each prompt; `seed` None is greedy decoding.
 
@@ -133,7 +134,8 @@ def generate(
     are numbered on, so that they are not the same again.
 
     `policy` is the unwrapped model; `video_embeds` holds each prompt's (video tokens, H). `micro_batch_size` prompts
-    run at a time, which changes no sample. The model is in eval mode meanwhile: in training mode with gradient
+    run at a time, which changes no sample. `synced`: go on until all processes are done, whose calls must be the same
+    (weights sharded by ZeRO-3). The model is in eval mode meanwhile: in training mode with gradient
     checkpointing transformers would drop the cache, and with it the prompt.
     """
     was_training = policy.training
@@ -147,7 +149,8 @@ def generate(
             firsts = [group_size * n for n in before[i : i + len(some)]]
             numbered = [(p.sample.id, first + g) for p, first in zip(some, firsts) for g in range(group_size)]
             seeds = [row_seed(seed, step, sample_id, g) for sample_id, g in numbered]
-        parts.append(_generate(policy, some, video_embeds[i : i + micro_batch_size], group_size, max_new_tokens, seeds))
+        embeds = video_embeds[i : i + micro_batch_size]
+        parts.append(_generate(policy, some, embeds, group_size, max_new_tokens, seeds, synced))
     policy.train(was_training)
     tokens_BT = _stack([tokens for tokens, _ in parts], policy.pad_id)
     mask_BT = completion_mask(tokens_BT, policy.eos_ids)
@@ -166,7 +169,7 @@ def generate(
     )
 
 
-def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds) -> tuple[Tensor, Tensor]:
+def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds, synced) -> tuple[Tensor, Tensor]:
     """Prefill once per prompt, decode G completions over its cache; tokens and log-probs (B, T)."""
     ids, mask, positions, deltas = _left_pad(policy, prompts)
     model = policy.model
@@ -191,6 +194,7 @@ def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds) 
         max_new_tokens=max_new_tokens,
         do_sample=False,
         logits_processor=LogitsProcessorList([sampler]),
+        synced_gpus=synced,
     )
     model.model.rope_deltas = None
     if not all(layer.prompt.num_reads for layer in cache.layers):

@@ -35,6 +35,7 @@ import config
 from batches import DoneBatches, cut, remove_lines
 from config import SelectConfig
 from data import read_samples
+from environment import code_hash, environment
 from loader import NUM_LISTED, make_workers, read_ahead
 from policy import Policy
 from pretrained import load_policy
@@ -43,14 +44,16 @@ from records import Sample, to_record
 from reward_functions import RewardFunction, load_functions, score_all
 from rewards import parses, task_reward
 from rollout import generate
-from run import UNUSED, Run, code_hash, config_differences, environment, user_errors, write_text
+from run import UNUSED, Run, config_differences, user_errors, write_text
 from scores import SCORES, check_readable, head_of, lines_of, origin, read_scores
 from selection import Item, check_kept, choose, counts_by_stratum, plot, reason, table
+from selfcheck import check_model, check_ranks
+from signals import interruptible
 from video import VideoError
 from workers import Workers
 
 MAY_CHANGE = {"run.dir", *(f"data.{key}" for key in ("workers", "decode_timeout", "max_bad_share", "cache_dir"))}
-MAY_CHANGE |= {"data.cache_gib"}
+MAY_CHANGE |= {"data.cache_gib", "run.self_check"}
 STEP = -1  # of the seeds: no step of training, whose first would draw the very same responses
 
 
@@ -133,17 +136,21 @@ def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> Non
     with user_errors():
         functions = load_functions(cfg.rewards.functions)
         policy = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)
+        check_ranks(policy, samples, cfg, run)
         by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
         scores = DoneBatches(run, "scores", cut(samples, cfg.rollout.micro_batch_size), head_of, by)
         builder = make_builder(cfg, policy.tokenizer)
     done: list[dict] = []
     shares: Counter[str] = Counter()
-    with make_workers(builder, cfg.data) as workers:
+    with make_workers(builder, cfg.data) as workers, run.engine.phase("scores"):
+        with user_errors():
+            check_model(policy, None, samples, builder, workers, cfg, run)
         batches = [scores.batches[number] for number in scores.mine]
         scored = score_batches(policy, batches, builder, workers, functions, cfg)
         bar = tqdm(scored, "select", len(batches), unit="batch", disable=not run.is_main)
         for number, rows in zip(scores.mine, bar, strict=True):
-            scores.add(number, rows)
+            with user_errors():
+                scores.add(number, rows)
             done += rows
             shares.update(reason(Item.of(row), cfg.select) or "passed" for row in rows)
             told = " ".join(f"{name} {num / shares.total():.0%}" for name, num in shares.most_common())
@@ -202,7 +209,7 @@ def responses(rows: Sequence[dict]) -> dict[str, float]:
 
 def select(cfg: SelectConfig) -> None:
     with user_errors():
-        run = SelectRun(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, "none", resume=False, keep=1)
+        run = SelectRun(cfg.run, config.to_yaml(cfg), resume=False, checkpoints=False)
         path = Path(cfg.select.scores) if cfg.select.scores else run.dir / SCORES
         to_sample = not cfg.select.scores and not path.is_file()
         data = cfg.data
@@ -218,8 +225,9 @@ def select(cfg: SelectConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors():
-        cfg, _ = config.from_command_line(SelectConfig, argv, __doc__, "configs/tiny_select.yaml")
-    select(cfg)
+        cfg, _, _ = config.from_command_line(SelectConfig, argv, __doc__, "configs/tiny_select.yaml")
+    with interruptible(flag=""):
+        select(cfg)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,26 @@ metrics.jsonl holds, per step:
     tokens/video, data/frames_cut means over the videos: tokens really used, frames that the token budget took away
     data/num_replaced             samples that could not be read and were replaced by others, see loader.py
     data/num_active               samples that training still uses: all, unless data.refilter_every drops some
+    update/num_skipped            updates of the step whose gradient was not finite: they moved nothing, on any process
     time/data, time/data_wait     seconds until the prompts were there; waiting for decoded frames and other processes
 """
 
 import json
+import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import config
+import plan
 from config import GrpoConfig
 from data import read_samples, refill_indices
-from engine import check_batch, check_precision
+from engine import check_batch, check_engine
 from eval import Validator
 from grpo import group_advantages, group_stats, is_mixed, overlong_penalty, policy_loss, token_weights
 from loader import Loader, make_workers
@@ -45,10 +49,13 @@ from optim import make_optimizer, set_learning_rate
 from policy import Policy, pack, packed_logps
 from pretrained import load_policy, save_model
 from prompts import make_builder, video_means, video_sums
+from records import to_record
 from reward_functions import load_functions, score_all
 from rewards import PARTS, Reward, task_reward
 from rollout import Rollout, generate
 from run import Clock, Run, user_errors
+from selfcheck import check_model, check_ranks
+from signals import interruptible
 
 CAUSES = {
     "no group had rewards that differ, so there was no gradient": "questions that are all too easy or too hard for "
@@ -109,11 +116,14 @@ def is_alive(earned_NG: Tensor, tokens_NG: Tensor, cfg: GrpoConfig) -> Tensor:
     return is_mixed(earned_NG, cfg.group.tolerance) & (tokens_NG.sum(1) > 0)
 
 
-def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, step: int, run: Run, clock) -> Groups:
+def collect_groups(
+    policy: Policy, loader: Loader, functions, cfg: GrpoConfig, step: int, run: Run, clock, synced: bool = False
+) -> Groups:
     """Sample a step's groups; while some are dead and rounds are left, sample further videos in their place.
 
-    `policy` is the unwrapped model. The videos of a round are shared out evenly; where they do not divide, the last
-    one is sampled more than once, and once kept, so that all processes make the same calls.
+    `policy` is the unwrapped model; `synced` as for rollout.generate. The videos of a round are shared out evenly;
+    where they do not divide, the last one is sampled more than once, and once kept, so that all processes make the
+    same calls.
     """
     r = cfg.rollout
     own, numbers, indices = [], [], []
@@ -136,6 +146,7 @@ def collect_groups(policy: Policy, loader: Loader, functions, cfg: GrpoConfig, s
                 cfg.run.seed,
                 step,
                 batch.occurrences,
+                synced,
             )
         numbers_PG4 = torch.zeros(len(prompts), r.group_size, 4)
         if batch.places:
@@ -206,18 +217,22 @@ def update(
     if not mine:
         weights_BT.zero_()
     advantages_B = advantages_NG[[groups.own[p] for p in chosen]].flatten().to(raw.device)
-    old_of, ref_of, passes = {}, {}, []  # log-probs by micro-batch; sums by pass
+    num, group_size = len(chosen), rollout.group_size
+    micro_batches = [slice(i, min(i + size, num)) for i in range(0, num, size)]
+    tokens_P = rollout.mask_BT.sum(1).view(num, group_size).sum(1)
+    most_tokens = int(run.engine.maximum(max(tokens_P[videos].sum().item() for videos in micro_batches)))
+    old_of, ref_of, updates = {}, {}, []  # log-probs by micro-batch; by update the sums of its passes
 
     def loss_of(videos: slice) -> Tensor:
-        b = slice(videos.start * rollout.group_size, videos.stop * rollout.group_size)
-        packed = pack(rollout.prompts[videos], completions[videos], raw.model.config, raw.device)
+        b = slice(videos.start * group_size, videos.stop * group_size)
+        packed = pack(rollout.prompts[videos], completions[videos], raw.model.config, raw.device, most_tokens)
         embeds = torch.cat(embeds_of[videos]) if raw.vision_is_frozen else None
         scored = (packed, embeds, mask_BT.shape[1])
-        if reference is not None and b.start not in ref_of:
+        first = len(updates) == 1  # a repeated micro-batch is scored again: all processes make the same calls
+        if reference is not None and first:
             with torch.no_grad(), reference.adapter_off():
                 ref_of[b.start] = packed_logps(reference, *scored)[0]
         logps_BT, entropy_BT = packed_logps(policy, *scored, entropy_grad=loss_cfg.entropy != 0)
-        first = b.start not in old_of
         if first:
             old_of[b.start] = rollout.logps_BT[b] if loss_cfg.old_logps == "sampled" else logps_BT.detach()
         loss, sums = policy_loss(
@@ -240,18 +255,18 @@ def update(
         gap_BT = (logps_BT.detach() - rollout.logps_BT[b]).abs() * mask_BT[b] * first
         sums |= {"loss": loss.detach(), "entropy": (entropy_BT.detach() * mask_BT[b]).sum()}
         sums |= {"tokens": mask_BT[b].sum(), "gap": gap_BT.sum(), "gap_max": gap_BT.max()}
-        passes.append({name: value.item() for name, value in sums.items()})
+        updates[-1].append({name: value.item() for name, value in sums.items()})
         return loss
 
     policy.train()
-    num = len(chosen)
-    micro_batches = [slice(i, min(i + size, num)) for i in range(0, num, size)]
     for _ in range(loss_cfg.updates_per_rollout):
-        passes.clear()
+        updates.append([])
         run.engine.backward(policy, micro_batches, loss_of)
-        stats["grad_norm"] += run.engine.step(policy, optimizer, cfg.optim.grad_clip) / loss_cfg.updates_per_rollout
+        norm = run.engine.step(policy, optimizer, cfg.optim.grad_clip)
+        stats["grad_norm"] += norm / loss_cfg.updates_per_rollout
+        stats["num_skipped"] += not math.isfinite(norm)
         stats["clipped"] = 0.0  # of the last update: in the first one the ratio is 1
-        for sums in passes[: len(micro_batches)] if mine else ():  # the others had weight 0
+        for sums in updates[-1][: len(micro_batches)] if mine else ():  # the others had weight 0
             stats["gap_max"] = max(stats["gap_max"], sums.pop("gap_max"))
             for name, value in sums.items():
                 stats[name] += value
@@ -287,6 +302,7 @@ def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoCo
         "length/max": run.engine.maximum(rollout.mask_BT.sum(1).max().item()),
         "frac_truncated": s["truncated"] / num,
         "grad_norm": stats["grad_norm"],
+        "update/num_skipped": stats["num_skipped"],
         "tokens/prompt": s["prompt_tokens"],
         "tokens/completion": s["completion_tokens"],
         **video_means(s),
@@ -303,10 +319,17 @@ def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoCo
 
 
 class Alarm:
-    """Says so, every `after` steps in a row, when a run learns nothing or never gets to the end of a sentence."""
+    """Says so, every `after` steps in a row, when a run learns nothing or never gets to the end of a sentence.
 
-    def __init__(self, after: int):
-        self.after, self.counts = after, dict.fromkeys(CAUSES, 0)
+    `state` is that of the run which is resumed, or None.
+    """
+
+    def __init__(self, after: int, state: list[int] | None = None):
+        self.after, self.counts = after, dict(zip(CAUSES, state or [0] * len(CAUSES), strict=True))
+
+    @property
+    def state(self) -> dict:
+        return {"alarm": list(self.counts.values())}
 
     def __call__(self, metrics: dict[str, float]) -> list[str]:
         """The warnings due after this step."""
@@ -319,21 +342,28 @@ class Alarm:
         return due
 
 
-def sample_rows(groups: Groups, step: int) -> list[dict]:
-    """One row per video for samples.jsonl."""
+def sample_rows(groups: Groups, step: int, cfg: GrpoConfig) -> list[dict]:
+    """One row per video for samples.jsonl: the record, and its G completions with their rewards and advantages."""
     rollout, rewards, size = groups.rollout, groups.rewards, groups.rollout.group_size
+    advantages_NG = choose_groups(groups, cfg)[2]
     return [
         {
             "step": step,
             "group": groups.own[p],
-            "id": prompt.sample.id,
-            "task": prompt.sample.task,
+            **to_record(prompt.sample),
             "completions": rollout.texts[p * size : (p + 1) * size],
             "rewards": [reward.total for reward in rewards[p * size : (p + 1) * size]],
             "parts": [reward.parts for reward in rewards[p * size : (p + 1) * size]],
+            "advantages": advantages_NG[groups.own[p]].tolist(),
         }
         for p, prompt in enumerate(rollout.prompts)
     ]
+
+
+def batch_rows(groups: Groups, cfg: GrpoConfig, step: int) -> list[dict]:
+    """The rows of samples.jsonl, and whether the update ran on them."""
+    trained = choose_groups(groups, cfg)[1]
+    return [row | {"trained": row["group"] in trained} for row in sample_rows(groups, step, cfg)]
 
 
 def print_step(step: int, metrics: dict[str, float], rows: list[dict], warnings: list[str], every: int) -> None:
@@ -345,54 +375,65 @@ def print_step(step: int, metrics: dict[str, float], rows: list[dict], warnings:
         tqdm.write("\n".join([f"step {step}: reward {metrics['reward/total']:.3f}; {rows[0]['id']}", *shown]))
 
 
+def load_reference(policy: Policy, cfg: GrpoConfig, run: Run) -> Policy | None:
+    """The policy as it was at the start, for the KL; with LoRA it is the policy itself, its adapter switched off."""
+    if not cfg.loss.beta or cfg.model.lora_rank:
+        return policy if cfg.loss.beta else None
+    reference = load_policy(cfg.model, cfg.rollout.temperature).requires_grad_(False).eval()
+    return run.engine.prepare_frozen(reference)
+
+
 def train(cfg: GrpoConfig, resume: bool = False) -> Run:
     with user_errors():
-        check_precision(cfg.model)
-        run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
+        check_engine(cfg)
+        run = Run(cfg.run, config.to_yaml(cfg), resume)
         check_batch(cfg.data.batch_size, run.engine.world_size)
         functions = load_functions(cfg.rewards.functions)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)
+        check_ranks(raw, samples, cfg, run)
         builder = make_builder(cfg, raw.tokenizer)
         workers = make_workers(builder, cfg.data)
         validator = Validator(cfg, builder, workers, run)
-        clock = Clock()
+        clock = Clock(run.engine.phase)
         loader = Loader(samples, builder, workers, cfg, run, clock)
-    reference = None
-    if cfg.loss.beta and cfg.model.lora_rank:
-        reference = raw  # with its adapter switched off
-    elif cfg.loss.beta:
-        reference = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device).eval()
-        reference.requires_grad_(False)
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
-    alarm = Alarm(cfg.group.warn_after)
-    with workers:
-        for step in tqdm(range(run.start_step, cfg.run.steps), desc="grpo", disable=not run.is_main):
+    reference = load_reference(raw, cfg, run)
+    alarm = Alarm(cfg.group.warn_after, run.state.get("alarm"))
+    with workers, run.stoppable():
+        with user_errors():
+            start = None if run.start_step else reference  # what the policy must equal
+            check_model(policy, start, loader.peek(run.start_step), builder, workers, cfg, run)
+        for step in run.steps("grpo"):
             with clock("step"):
                 lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
-                groups = collect_groups(raw, loader, functions, cfg, step, run, clock)
+                with run.engine.whole_weights(cfg.model.gather_weights) as whole:
+                    groups = collect_groups(raw, loader, functions, cfg, step, run, clock, synced=not whole)
                 with clock("update"):
                     stats = update(policy, reference, optimizer, groups, cfg, run)
             metrics = step_metrics(groups, stats, functions, cfg, run) | {"data/num_replaced": loader.num_replaced}
             metrics |= {"data/num_active": len(loader.samples), "lr": lr} | validator(step + 1, raw)
             times = clock.times()
             run.log(step + 1, metrics | times | {"tokens_per_s": metrics["tokens/completion"] / times["time/step"]})
-            rows = sample_rows(groups, step + 1)
+            rows = sample_rows(groups, step + 1, cfg)
             run.log_samples(rows)
+            warnings = alarm(metrics)
             if run.is_main:
-                print_step(step + 1, metrics, rows, alarm(metrics), cfg.run.print_every)
-            if (step + 1) % cfg.run.save_every == 0 or step + 1 == cfg.run.steps:
-                run.save_checkpoint(step + 1, validator.state | loader.state | loader.order.state)
-    if run.is_main:
-        save_model(raw, run.dir / "final", cfg.model.path)
-    run.finish()
+                print_step(step + 1, metrics, rows, warnings, cfg.run.print_every)
+            run.check_finite(step + 1, partial(batch_rows, groups, cfg, step + 1))
+            if run.save_due(step + 1):
+                run.save_checkpoint(step + 1, validator.state | loader.state | loader.order.state | alarm.state)
+    run.finish(lambda folder, weights: save_model(raw, folder, cfg.model.path, weights))
     return run
 
 
-def main(argv: list[str] | None = None) -> Run:
+def main(argv: list[str] | None = None) -> Run | None:
     with user_errors():
-        cfg, resume = config.from_command_line(GrpoConfig, argv, __doc__, "configs/tiny.yaml")
-    return train(cfg, resume)
+        cfg, resume, planned = config.from_command_line(GrpoConfig, argv, __doc__, "configs/tiny.yaml")
+        if planned:
+            return plan.show(cfg, planned)
+    with interruptible():
+        return train(cfg, resume)
 
 
 if __name__ == "__main__":

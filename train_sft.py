@@ -5,12 +5,14 @@
 The loss is the mean negative log-prob of the target's tokens (the answer block and EOS) over the whole step.
 """
 
-from tqdm import tqdm
+import math
+from functools import partial
 
 import config
+import plan
 from config import SftConfig
 from data import read_samples
-from engine import check_batch, check_precision
+from engine import check_batch, check_engine
 from eval import Validator
 from loader import Loader, make_workers
 from optim import make_optimizer, set_learning_rate
@@ -20,6 +22,8 @@ from prompts import Prompt, make_builder, video_means, video_sums
 from records import Sample
 from rewards import format_answer
 from run import Clock, Run, user_errors
+from selfcheck import check_model, check_ranks
+from signals import interruptible
 
 
 def target_text(sample: Sample, think: bool) -> str:
@@ -40,38 +44,47 @@ def target_ids(prompts: list[Prompt], policy, think: bool) -> list[list[list[int
 def update(policy, optimizer, prompts, targets, num_tokens: float, cfg: SftConfig, run: Run) -> tuple[float, float]:
     """One optimizer step; returns the loss over all processes and the gradient norm."""
     raw, size = run.engine.unwrap(policy), cfg.data.micro_batch_size
-    losses = []
+    micro_batches = [slice(i, i + size) for i in range(0, len(prompts), size)]
+    num_tokens_of = [sum(len(group[0]) for group in targets[rows]) for rows in micro_batches]
+    most_tokens, losses = int(run.engine.maximum(max(num_tokens_of))), []
 
     def loss_of(rows: slice):
-        packed = pack(prompts[rows], targets[rows], raw.model.config, raw.device)
+        packed = pack(prompts[rows], targets[rows], raw.model.config, raw.device, most_tokens)
         loss = -policy(packed)[0].sum() / num_tokens
         losses.append(loss.item())
         return loss
 
     policy.train()
-    micro_batches = [slice(i, i + size) for i in range(0, len(prompts), size)]
     run.engine.backward(policy, micro_batches, loss_of)
     grad_norm = run.engine.step(policy, optimizer, cfg.optim.grad_clip)
     return run.engine.sums({"loss": sum(losses[: len(micro_batches)])})["loss"], grad_norm
 
 
+def batch_rows(prompts: list[Prompt], targets: list[list[list[int]]], step: int) -> list[dict]:
+    """What a step was trained on, for a file that says what was not finite."""
+    return [{"step": step, "id": prompt.sample.id, "target": group[0]} for prompt, group in zip(prompts, targets)]
+
+
 def train(cfg: SftConfig, resume: bool = False) -> Run:
     with user_errors():
-        check_precision(cfg.model)
-        run = Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, cfg.run.tracker, resume, cfg.run.keep_checkpoints)
+        check_engine(cfg)
+        run = Run(cfg.run, config.to_yaml(cfg), resume)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest, chat=True)
         for sample in samples:
             target_text(sample, cfg.prompt.think)
         check_batch(cfg.data.batch_size, run.engine.world_size)
         raw = load_policy(cfg.model).to(run.engine.device)
+        check_ranks(raw, samples, cfg, run)
         builder = make_builder(cfg, raw.tokenizer)
         workers = make_workers(builder, cfg.data)
         validator = Validator(cfg, builder, workers, run)
-        clock = Clock()
+        clock = Clock(run.engine.phase)
         loader = Loader(samples, builder, workers, cfg, run, clock)
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
-    with workers:
-        for step in tqdm(range(run.start_step, cfg.run.steps), desc="sft", disable=not run.is_main):
+    with workers, run.stoppable():
+        with user_errors():
+            check_model(policy, None, loader.peek(run.start_step), builder, workers, cfg, run)
+        for step in run.steps("sft"):
             with clock("step"):
                 lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
                 with clock("data"):
@@ -83,20 +96,23 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
                     loss, grad_norm = update(policy, optimizer, prompts, targets, sums["tokens"], cfg, run)
             metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens/targets": sums["tokens"]}
             metrics |= video_means(sums) | {"data/num_replaced": loader.num_replaced}
+            metrics |= {"update/num_skipped": float(not math.isfinite(grad_norm))}
             metrics |= validator(step + 1, raw) | clock.times()
             run.log(step + 1, metrics)
-            if (step + 1) % cfg.run.save_every == 0 or step + 1 == cfg.run.steps:
+            run.check_finite(step + 1, partial(batch_rows, prompts, targets, step + 1))
+            if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state)
-    if run.is_main:
-        save_model(raw, run.dir / "final", cfg.model.path)
-    run.finish()
+    run.finish(lambda folder, weights: save_model(raw, folder, cfg.model.path, weights))
     return run
 
 
-def main(argv: list[str] | None = None) -> Run:
+def main(argv: list[str] | None = None) -> Run | None:
     with user_errors():
-        cfg, resume = config.from_command_line(SftConfig, argv, __doc__, "configs/tiny_sft.yaml")
-    return train(cfg, resume)
+        cfg, resume, planned = config.from_command_line(SftConfig, argv, __doc__, "configs/tiny_sft.yaml")
+        if planned:
+            return plan.show(cfg, planned, lambda sample: target_text(sample, cfg.prompt.think))
+    with interruptible():
+        return train(cfg, resume)
 
 
 if __name__ == "__main__":

@@ -286,7 +286,8 @@ def patchify(frames: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     return patches.copy_(blocks).view(-1, c, step * size * size).sub_(mean).div_(std).flatten(1)
 
 
-def _plan(header: Header, spec: VideoSpec, geometry: Geometry, clip: Clip | None) -> VideoPlan:
+def plan_file(header: Header, spec: VideoSpec, geometry: Geometry, clip: Clip | None = None) -> VideoPlan:
+    """`plan` of what a file says about itself."""
     size = header.height, header.width
     if header.is_vfr or header.first_time:
         fps = header.num_frames / header.duration
@@ -297,7 +298,7 @@ def _plan(header: Header, spec: VideoSpec, geometry: Geometry, clip: Clip | None
 def _decode(path: str, header: Header, spec: VideoSpec, geometry: Geometry, clip: Clip | None) -> Frames:
     """By the first reader that can; where none can, from what there is before the first error."""
     try:
-        chosen = _plan(header, spec, geometry, clip)
+        chosen = plan_file(header, spec, geometry, clip)
     except ValueError as error:
         raise VideoError(path, str(error)) from error
     unique, inverse = np.unique(chosen.frame_indices, return_inverse=True)

@@ -8,16 +8,22 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
+from types import SimpleNamespace
 from typing import Any
 
+import pebble.pool.process
 import torch
 from pebble import ProcessExpired, ProcessPool
+
+# its time limits are of the wall clock: one that is set forward would end every call that is under way
+pebble.pool.process.time = SimpleNamespace(time=time.monotonic, sleep=time.sleep)
 
 NUM_STARTS = 3  # of processes that die before they take a call, until we give up
 
@@ -38,7 +44,8 @@ class Workers:
     """`function` in `num` processes of this one; with 0 here, when the result is asked for, and without a time limit.
 
     Processes start with the first call and end with the `with` block, or with this process, however it ends. They
-    print nothing, see no GPU and use one thread.
+    print nothing, see no GPU and use one thread. A signal to all of our process group, as of Ctrl-C or a launcher,
+    does not reach them: this process may need them for a while.
     """
 
     def __init__(self, function: Callable, num: int, timeout_s: float):
@@ -112,6 +119,7 @@ def _prepare(function: Callable) -> None:
     """Runs once in every worker process."""
     global _function
     _function = function
+    os.setsid()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     silent = os.open(os.devnull, os.O_WRONLY)

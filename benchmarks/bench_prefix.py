@@ -38,12 +38,12 @@ from transformers import LogitsProcessorList
 
 import tiny
 from config import ModelConfig
+from environment import environment
 from policy import Policy, pack, prompt_positions
 from pretrained import load_policy
 from prompts import Prompt
 from records import Sample
 from rollout import GumbelSampler, generate, row_seed
-from run import environment
 from video import Video
 
 G = 8

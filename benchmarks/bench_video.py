@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cache import FrameCache
 from config import VideoConfig
-from run import environment
+from environment import environment
 from video import Geometry, check_video, decode_video, plan, probe, to_video
 from workers import Workers
 

@@ -60,6 +60,7 @@ def make_cfg(world: Path, tmp_path: Path, *overrides: str) -> config.GrpoConfig:
         f"run.dir={tmp_path}/run",
         "run.steps=2",
         "run.tracker=none",
+        "run.self_check=false",  # test_selfcheck.py turns it on
         "prompt.think=false",
         "prompt.system_plain=''",
         "prompt.tvg='{question}'",
@@ -118,7 +119,7 @@ def sft_cfg(world, tmp_path, *overrides) -> config.SftConfig:
 
 
 def open_run(cfg) -> Run:
-    return Run(cfg.run.dir, config.to_yaml(cfg), cfg.run.seed, "none", resume=False, keep=1)
+    return Run(cfg.run, config.to_yaml(cfg), resume=False)
 
 
 def read_jsonl(path) -> list[dict]:
@@ -150,3 +151,26 @@ def taught(sft_run) -> tuple[str, ...]:
     """Overrides under which a GRPO run starts from a model that earns rewards, different ones within a group."""
     sizes = ("rollout.group_size=8", "rollout.max_new_tokens=12", "eval.max_new_tokens=12")
     return f"model.path={sft_run}/final", *sizes
+
+
+@pytest.fixture
+def fault(record_property):
+    """`fault(name, outcome)` makes a row of the table at the end of a test that tries a fault."""
+
+    def note(name: str, outcome: str) -> None:
+        record_property("fault", (name, outcome))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The faults that were tried, and what became of them."""
+    rows = []
+    for result in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(result, []):
+            name, outcome = dict(getattr(report, 'user_properties', ())).get("fault", ("", ""))
+            outcome = "FAILED" if report.failed else f"skipped: {report.longrepr[2]}" if report.skipped else outcome
+            rows += [(name, outcome)] if name else []
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, outcome in sorted(rows):
+        terminalreporter.write_line(f"{name:{width}}  {outcome}")

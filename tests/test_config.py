@@ -260,14 +260,14 @@ def test_the_command_line_takes_files_flags_and_overrides_in_any_order(tmp_path)
         ["--config", a, "--config", b, "loss.beta=0"],
         ["loss.beta=0", "--config", a, b],
     ):
-        cfg, resume = config.from_command_line(GrpoConfig, argv, "doc", "configs/tiny.yaml")
-        assert (cfg.run.seed, cfg.run.steps, cfg.loss.beta, resume) == (2, 7, 0.0, False)
-    cfg, resume = config.from_command_line(
+        cfg, resume, planned = config.from_command_line(GrpoConfig, argv, "doc", "configs/tiny.yaml")
+        assert (cfg.run.seed, cfg.run.steps, cfg.loss.beta, resume, planned) == (2, 7, 0.0, False, None)
+    cfg, resume, _ = config.from_command_line(
         GrpoConfig, ["--config", a, "loss.beta=0", "--resume", "run.seed=9"], "doc", "configs/tiny.yaml"
     )
     assert (cfg.run.seed, cfg.loss.beta, resume) == (9, 0.0, True)
     default = load(GrpoConfig, [str(REPO / "configs/tiny.yaml")])
-    assert config.from_command_line(GrpoConfig, [], "doc", "configs/tiny.yaml") == (default, False)
+    assert config.from_command_line(GrpoConfig, [], "doc", "configs/tiny.yaml") == (default, False, None)
 
 
 # ---- the files in configs/ -----------------------------------------------------------------------------------------

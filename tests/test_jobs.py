@@ -53,6 +53,15 @@ def test_a_failed_job_stops_only_those_that_need_it(tmp_path):
     assert told.endswith("2 more not run, for want of these")
 
 
+def test_a_training_that_a_signal_stopped_is_not_finished(tmp_path):
+    """It ends with a checkpoint and exit code 0, but without a final model."""
+    script = tmp_path / "train_short.py"
+    script.write_text(START + "\nif len(sys.argv) == 3: (folder / 'final').mkdir()")
+    listed = [Job("stopped", lambda: [str(script)]), Job("whole", lambda: [str(script), "final"])]
+    failed = run_all([*listed, counting(tmp_path, "after", "stopped")], tmp_path / "root", 1)
+    assert failed == {"stopped": "a signal has stopped it", "after": "not run, for want of stopped"}
+
+
 def test_what_is_finished_is_not_run_again(tmp_path):
     root = tmp_path / "root"
     chain = [counting(tmp_path, "a"), counting(tmp_path, "b", "a"), counting(tmp_path, "c", "b")]

@@ -110,6 +110,15 @@ def test_each_process_starts_its_own(tmp_path):
         assert (batch.places, batch.num_places) == ([2 * rank, 2 * rank + 1], 4)
 
 
+def test_peeking_starts_and_counts_nothing_and_leaves_out_what_is_bad(tmp_path):
+    workers, wanted = FakeWorkers(), names(batch_indices(20, 4, 2, 0))
+    row = {"id": wanted[1], "step": 1, "path": "x", "reason": "damaged"}
+    loader = make_loader(tmp_path, workers, run=FakeRun(tmp_path, rows=[row]))
+    peeked = [sample.id for sample in loader.peek(2)]
+    assert peeked == [name for name in wanted + names(range(20)) if name != wanted[1]]
+    assert not workers.started and loader.state == {"num_asked": 0, "num_bad": 0}
+
+
 def test_a_round_that_does_not_divide_repeats_its_last_place(tmp_path):
     """Three places on two processes: the second has one of its own, and the last one once more to be busy."""
     for rank, places in ((0, [0, 1]), (1, [2])):

@@ -143,7 +143,9 @@ def test_embeddings_given_or_computed_are_the_same(world):
     torch.testing.assert_close(policy(packed)[0], given, atol=1e-6, rtol=0)
 
 
-def test_gradient_checkpointing_and_head_chunks_change_nothing(world, monkeypatch):
+@pytest.mark.parametrize("most_tokens", [0, 500])
+def test_gradient_checkpointing_and_head_chunks_change_nothing(world, monkeypatch, most_tokens):
+    """Nor do empty chunks: another process may have more tokens."""
     plain, checkpointed = make_policy(world), make_policy(world, gradient_checkpointing=True).train()
     prompts = make_prompts(world, plain)
     packed = pack(prompts, completions_for(prompts), plain.model.config, "cpu")
@@ -151,6 +153,8 @@ def test_gradient_checkpointing_and_head_chunks_change_nothing(world, monkeypatc
     logps = plain(packed)[0]
     expected = gradients(plain, logps, weights)
     monkeypatch.setattr("policy.HEAD_CHUNK", 5)
+    packed = pack(prompts, completions_for(prompts), plain.model.config, "cpu", most_tokens)
+    assert packed.num_chunks == 100 if most_tokens else 1 < packed.num_chunks < len(packed.targets_N)
     again = checkpointed(packed)[0]
     torch.testing.assert_close(again, logps, atol=1e-5, rtol=0)
     assert_same_gradients(gradients(checkpointed, again, weights), expected)

@@ -1,27 +1,29 @@
-"""The run folder: never overwritten, resumed only under its own configuration, cut back to its newest checkpoint."""
+"""The run folder: never overwritten, resumed under its own configuration alone; signals, and what is not finite."""
 
+import errno
 import json
 import math
+import os
 import platform
+import signal
 import time
 
 import pytest
 import torch
 
-from checkpoint import cut_back, newest_checkpoint
+import engine
+import run as run_module
+from checkpoint import write_list
+from config import RunConfig
 from engine import check_batch
-from run import (
-    Clock,
-    Run,
-    environment,
-    user_errors,
-)
+from environment import environment
+from run import Clock, Run, user_errors
 
 YAML = "run:\n  seed: 0\n  steps: 4\nloss:\n  beta: 0.1\n"
 
 
 def open_run(path, text: str = YAML, resume: bool = False, keep: int = 2) -> Run:
-    return Run(str(path), text, 0, "none", resume, keep)
+    return Run(RunConfig(dir=str(path), steps=4, keep_checkpoints=keep, tracker="none"), text, resume)
 
 
 def prepared(run: Run) -> tuple[torch.nn.Module, object]:
@@ -70,16 +72,37 @@ def test_resuming_needs_the_same_configuration(tmp_path):
     assert (run.dir / "config.yaml").read_text() == YAML
     longer = YAML.replace("steps: 4", "steps: 9") + "data:\n  workers: 4\n  max_bad_share: 0.5\n"  # change no result
     again = open_run(tmp_path / "a", longer, resume=True)
-    assert (again.start_step, again.state, again.checkpoint.name) == (3, {"best": 0.5}, "step_000003")
+    assert (again.start_step, again.state["best"], again.checkpoint.name) == (3, 0.5, "step_000003")
     assert (run.dir / "config.yaml").read_text() == longer
 
 
-def test_resuming_needs_a_checkpoint(tmp_path):
+def test_resuming_needs_a_folder(tmp_path):
+    """A typo in run.dir must not start from zero; a run that was killed before it began goes on as if it was not."""
     with pytest.raises(FileNotFoundError, match=r"--resume: .*a/config.yaml not found"):
         open_run(tmp_path / "a", resume=True)
-    open_run(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"--resume: no complete checkpoint in .*a/checkpoints"):
-        open_run(tmp_path / "a", resume=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"--resume: .*b/config.yaml not found"):
+        open_run(tmp_path / "b", resume=True)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "lock").touch()
+    run = open_run(tmp_path / "c", resume=True)
+    assert (run.dir / "config.yaml").read_text() == YAML and run.start_step == 0
+
+
+def test_a_run_without_a_checkpoint_starts_again(tmp_path, capsys):
+    """As in a requeue loop, which always gives --resume; a half-written checkpoint is none."""
+    run = open_run(tmp_path / "a")
+    run.log(1, {"loss": 0.5})
+    aside = run.dir / "checkpoints" / "tmp_step_000002"
+    aside.mkdir(parents=True)
+    (aside / "run.json").write_text("{}")
+    again = open_run(tmp_path / "a", resume=True)
+    assert (again.start_step, again.state, again.checkpoint) == (0, {}, None)
+    assert "no complete checkpoint yet: starting at step 0" in capsys.readouterr().out
+    assert (run.dir / "metrics.jsonl").read_text() == "" and not aside.exists()
+    with pytest.raises(ValueError, match=r"differs in run\.seed"):
+        open_run(tmp_path / "a", YAML.replace("seed: 0", "seed: 1"), resume=True)
 
 
 def test_user_errors_are_one_line_and_others_keep_their_traceback():
@@ -107,52 +130,7 @@ def test_logged_rows_come_back(tmp_path):
     assert json.loads(lines[0])["completions"] == ["é\u2028\x85\n", "<answer>"] and lines[2] == ""
 
 
-@pytest.mark.parametrize("torn", ["", "{", '{"step": 2', '{"step": 3, "text": "é', '{"step": 3}'])
-def test_rows_after_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path, torn):
-    """The last character may be torn too: é is two bytes."""
-    kept = '{"step": 1, "a": 1}\n{"step": 2, "a": "é"}\n{"step": 2}\n'
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes((kept + '{"step": 3}\n').encode() + torn.encode()[: -1 if torn.endswith("é") else None])
-    cut_back(path, 2)
-    assert path.read_text(encoding="utf-8") == kept
-    cut_back(path, 0)
-    assert path.read_text() == ""
-    cut_back(tmp_path / "absent.jsonl", 2)
-    assert not (tmp_path / "absent.jsonl").exists()
-
-
-def test_cutting_keeps_rows_with_unicode_line_ends(tmp_path):
-    """A completion may hold U+2028 or U+0085, which str.splitlines takes for line ends."""
-    path = tmp_path / "samples.jsonl"
-    rows = [{"step": s, "completions": [f"a{sign}b"]} for s, sign in enumerate("\u2028\x85\x1c\r", 1)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    before = path.read_bytes()
-    cut_back(path, 4)
-    assert path.read_bytes() == before
-    cut_back(path, 2)
-    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == [1, 2]
-
-
-def test_a_whole_row_without_its_line_end_is_kept_and_ended(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}')
-    cut_back(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def test_the_newest_complete_checkpoint_is_taken(tmp_path):
-    run = open_run(tmp_path / "a")
-    assert newest_checkpoint(run.dir) is None
-    for step in (9, 10):
-        run.save_checkpoint(step, {"best": float(step)})
-    for name in ("step_000011", "tmp_000012"):  # the first has no run.json, the second was never renamed
-        (run.dir / "checkpoints" / name).mkdir()
-    (run.dir / "checkpoints" / "tmp_000012" / "run.json").write_text('{"step": 12, "state": {}}')
-    assert newest_checkpoint(run.dir).name == "step_000010"
-    assert open_run(tmp_path / "a", resume=True).state == {"best": 10.0}
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -162,6 +140,92 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
         run.save_checkpoint(step, {})
         names.append(sorted(path.name[-2:] for path in (run.dir / "checkpoints").iterdir()))
     assert names == [["01"], ["01", "02"], ["02", "09"], ["09", "10"]]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, capsys):
+    run = open_run(tmp_path / "a")
+    for step in (9, 10):
+        run.save_checkpoint(step, {"best": float(step)})
+        run.log(step, {"loss": 0.0})
+    newest = run.dir / "checkpoints" / "step_000010"
+    (newest / "run.json").write_text((newest / "run.json").read_text().replace("10.0", "11.0"))
+    again = open_run(tmp_path / "a", resume=True)
+    assert (again.start_step, again.state["best"]) == (9, 9.0)
+    told = capsys.readouterr().err
+    assert f"WARNING: {newest} is damaged (run.json: " in told and "going on from step_000009" in told
+    assert [row["step"] for row in again.rows("metrics.jsonl")] == [9]
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["damaged_step_000010", "step_000009"]
+    again.save_checkpoint(10, {})
+    assert open_run(tmp_path / "a", resume=True).start_step == 10
+
+
+def test_without_a_whole_checkpoint_a_run_stays_as_it_is(tmp_path):
+    run = open_run(tmp_path / "a")
+    for step in (1, 2):
+        run.save_checkpoint(step, {})
+        (run.dir / "checkpoints" / f"step_00000{step}" / "random_states_0.pkl").unlink()
+    run.log(1, {"loss": 0.0})
+    with pytest.raises(ValueError) as raised:
+        open_run(tmp_path / "a", resume=True)
+    assert "--resume: no checkpoint is whole: " in str(raised.value)
+    assert all(
+        f"step_00000{step}, random_states_0.pkl: missing; when it was saved, " in str(raised.value) for step in (1, 2)
+    )
+    assert len(list((run.dir / "checkpoints").iterdir())) == 2 and run.rows("metrics.jsonl")
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_no_older_one(tmp_path, monkeypatch, capsys):
+    """Whatever is being written when the disk is full, the folder is as before, and the next one succeeds."""
+    run = open_run(tmp_path / "a", keep=1)
+    run.save_checkpoint(1, {})
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def no_space(*_, **__):
+        raise full
+
+    for module, name in ((engine.Engine, "save_state"), (run_module, "write_list"), (run_module, "put_in_place")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, no_space)
+            run.save_checkpoint(2, {})
+        assert [path.name for path in (run.dir / "checkpoints").iterdir()] == ["step_000001"]
+        told = capsys.readouterr().err
+        assert "no checkpoint of step 2, the newest is of step 1: rank 0: [Errno 28] No space left on device" in told
+    run.save_checkpoint(3, {})
+    assert [path.name for path in (run.dir / "checkpoints").iterdir()] == ["step_000003"]
+
+
+def test_only_a_failure_to_write_is_survived(tmp_path, monkeypatch):
+    """Else a bug in saving would be a run without checkpoints, and a warning that nobody reads."""
+    run = open_run(tmp_path / "a")
+    monkeypatch.setattr(engine.Engine, "save_state", lambda *_: torch.ones(2) + torch.ones(3))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run.save_checkpoint(1, {})
+
+
+@pytest.mark.parametrize(
+    ("saved", "refused"),
+    [
+        ({"num_processes": 8, "sharding": "none"}, False),
+        ({"num_processes": 1, "sharding": "zero3"}, True),
+        ({"num_processes": 8, "sharding": "zero2"}, True),
+    ],
+)
+def test_whole_weights_go_on_with_another_number_of_processes(tmp_path, capsys, saved, refused):
+    run = open_run(tmp_path / "a")
+    run.save_checkpoint(1, {})
+    folder = run.dir / "checkpoints" / "step_000001"
+    content = json.loads((folder / "run.json").read_text())
+    assert content == {"step": 1, "state": {"skipped_in_a_row": 0}, "num_processes": 1, "sharding": "none"}
+    (folder / "run.json").write_text(json.dumps(content | saved))
+    write_list(folder)
+    if not refused:
+        assert open_run(tmp_path / "a", resume=True).start_step == 1
+        assert "going on with 1 processes" in capsys.readouterr().out
+        return
+    named = rf"step_000001 differs in sharding \({saved['sharding']} there, none now\) or number of processes \("
+    named += rf"{saved['num_processes']} there, 1 now\)"
+    with pytest.raises(ValueError, match=named):
+        open_run(tmp_path / "a", resume=True)
 
 
 def test_a_checkpoint_brings_back_weights_optimizer_and_random_states(tmp_path):
@@ -219,6 +283,112 @@ def test_sums_and_maximum_of_one_process_are_its_own(tmp_path):
     run = open_run(tmp_path / "a")
     assert run.engine.sums({"a": 0.1, "b": 2**53}) == {"a": 0.1, "b": 2.0**53}
     assert run.engine.maximum(-0.1) == -0.1
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_was_not_finite_is_named(tmp_path, where):
+    """sqrt at 0 has a value and no finite gradient; a loss that is not finite may have a finite one."""
+    run = open_run(tmp_path / "a")
+    model, optimizer = prepared(run)
+    before = model.weight.detach().clone()
+
+    def loss_of(x):
+        loss = model(x).square().sum()
+        return loss + torch.inf if where == "loss" else (loss * 0).sqrt()
+
+    run.engine.backward(model, [torch.rand(3, 2)], loss_of)
+    assert not math.isfinite(run.engine.step(model, optimizer, 1.0)) and torch.equal(model.weight, before)
+    named = ["rank 0: gradient of weight", "rank 0: gradient of bias"]
+    assert run.engine.not_finite == (["rank 0: loss inf in pass 0"] if where == "loss" else []) + named
+
+
+def test_updates_that_are_skipped_in_a_row_end_the_run(tmp_path):
+    """Counted over a resume too; a finite one starts the count again."""
+    run = open_run(tmp_path / "a")
+    model, optimizer = prepared(run)
+    rows = [{"id": "clip 7", "completions": ["é"], "advantages": [0.5]}]
+    for i, bad in enumerate((1, 1, 0, 1, 1, 1, 1)):
+        run.engine.backward(model, [torch.ones(1, 2)], lambda x, bad=bad: model(x).sum() * (torch.nan if bad else 1.0))
+        run.engine.step(model, optimizer, 1.0)
+        run.check_finite(i + 1, lambda: rows)
+    run.log(7, {"grad_norm": math.nan, "loss": -math.inf, "lr": 0.1})
+    assert run.rows("metrics.jsonl") == [{"step": 7, "lr": 0.1}]
+    run.save_checkpoint(7, {})
+    again = open_run(tmp_path / "a", resume=True)
+    model, optimizer = prepared(again)
+    again.engine.backward(model, [torch.ones(1, 2)], lambda x: model(x).sum() * torch.nan)
+    again.engine.step(model, optimizer, 1.0)
+    path = run.dir / "not_finite.json"
+    with pytest.raises(
+        SystemExit, match=rf"error: 5 updates in a row had no finite gradient .*; the batch is in {path}"
+    ):
+        again.check_finite(8, lambda: rows)
+    content = json.loads(path.read_text())
+    assert (content["step"], content["batch"]) == (8, rows) and content["not_finite"][0] == "rank 0: loss nan in pass 0"
+
+
+# ---- signals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_steps_with_a_checkpoint(tmp_path, capsys, number):
+    run, taken = open_run(tmp_path / "a"), []
+    with run.stoppable():
+        for step in run.steps("test"):
+            taken.append(step)
+            if step == 1:
+                os.kill(os.getpid(), number)
+            if run.save_due(step + 1):
+                run.save_checkpoint(step + 1, {})
+    assert taken == [0, 1]
+    run.finish(lambda folder: pytest.fail("final/ of a run that was stopped"))
+    told = capsys.readouterr()
+    assert f"{number.name}: stopping after this step" in told.err
+    assert told.out.startswith("stopped after step 2 of 4, with a checkpoint; to go on: ") and "--resume" in told.out
+    assert open_run(tmp_path / "a", resume=True).start_step == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path, capsys):
+    run = open_run(tmp_path / "a")
+    with run.stoppable():
+        for step in run.steps("test"):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert run.save_due(step + 1) == (step == 3)
+    run.finish(lambda folder, _: (folder / "model").touch())
+    assert (run.dir / "final" / "model").is_file() and "stopped after" not in capsys.readouterr().out
+
+
+def test_a_stop_without_a_checkpoint_is_an_error(tmp_path, monkeypatch):
+    run = open_run(tmp_path / "a")
+    monkeypatch.setattr(run_module, "make_empty", lambda folder: folder.touch())  # there is no such folder
+    with run.stoppable():
+        for step in run.steps("test"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            if run.save_due(step + 1):
+                run.save_checkpoint(step + 1, {})
+    with pytest.raises(SystemExit, match="error: stopped after step 1, without a checkpoint since step 0; to go on: "):
+        run.finish()
+
+
+def test_rows_that_cannot_be_written_end_the_run(tmp_path, monkeypatch):
+    """After the step, together, and without a row behind the one that is missing."""
+    run = open_run(tmp_path / "a")
+    run.log(1, {"loss": 1.0})
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "append_whole", lambda path, _: path.rename("/nowhere/else"))
+        run.log(2, {"loss": 2.0})
+    run.log_samples([{"step": 2, "group": 0}])
+    with pytest.raises(SystemExit, match=r"error: .*No such file or directory.*; --resume goes on from step 0"):
+        run.save_due(2)
+    assert [row["step"] for row in run.rows("metrics.jsonl")] == [1] and not run.rows("samples.jsonl")
+
+
+def test_a_folder_that_cannot_be_written_is_named_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"run\.dir .*file/a cannot be written and locked: Not a directory"):
+        open_run(tmp_path / "file" / "a")
 
 
 def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(tmp_path):

@@ -13,6 +13,9 @@ import config
 import eval as evaluation
 import train_grpo
 import train_sft
+from data import read_samples
+from records import FIELDS, to_sample
+from samples import frames_for, views_of
 
 CLIPS = {
     "llamafactory/1.mp4": 3.0,
@@ -75,6 +78,25 @@ def test_metrics_are_those_of_the_samples(grpo_run):
     assert any(0 < row["group/frac_mixed"] < 1 for row in metrics_of(grpo_run))
 
 
+def test_a_row_of_samples_is_a_record_with_advantages(grpo_run, world):
+    """All that a report shows of a group, its frames too, is known from the row."""
+    known = {sample.id: sample for sample in read_samples(f"{world}/tvg_train.yaml")}
+    for row in read_jsonl(grpo_run / "samples.jsonl"):
+        sample, _ = to_sample({key: row[key] for key in FIELDS if key in row}, grpo_run)
+        assert sample == known[row["id"]]
+        rewards = torch.tensor(row["rewards"])
+        alive = rewards.std() > 1e-4
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-6) * alive
+        # float32 rewards that differ by little: their differences have few digits
+        torch.testing.assert_close(torch.tensor(row["advantages"]), expected, atol=1e-3, rtol=0)
+    views, num = views_of(grpo_run / "samples.jsonl", 5, [], [])
+    frames = frames_for(views)
+    assert num == 240 and len(views) == 5
+    for view in views:
+        times = [time for time, _ in frames[view["frames"]]]
+        assert len(times) == 8 and 0 < times[0] < times[-1] < view["duration"] == known[view["id"]].duration
+
+
 def test_the_final_model_loads_elsewhere(grpo_run):
     model = AutoModelForImageTextToText.from_pretrained(grpo_run / "final")
     tokenizer = AutoTokenizer.from_pretrained(grpo_run / "final")
@@ -91,7 +113,8 @@ def test_validation_keeps_the_best_model(grpo_run):
     assert sorted(scores) == [10, 20, 30]
     assert all(row["validation/tvg/miou"] == row["validation/score"] for row in rows if row["step"] in scores)
     saved = json.loads((grpo_run / "checkpoints" / "step_000030" / "run.json").read_text())
-    assert saved == {"step": 30, "state": {"best": max(scores.values()), "num_asked": 240, "num_bad": 0}}
+    state = {"best": max(scores.values()), "num_asked": 240, "num_bad": 0, "alarm": [0, 0], "skipped_in_a_row": 0}
+    assert saved == {"step": 30, "state": state, "num_processes": 1, "sharding": "none"}
     AutoModelForImageTextToText.from_pretrained(grpo_run / "best")
     best, final = load_file(grpo_run / "best" / "model.safetensors"), weights_of(grpo_run)
     is_last = max(scores, key=lambda step: (scores[step], -step)) == 30

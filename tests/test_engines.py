@@ -1,0 +1,117 @@
+"""DDP, ZeRO-2 and ZeRO-3 on two CPU processes train as one process does; sharded weights sample, save and hang nowhere.
+
+Every engine is one launch of engine_worker.py, in which all that is compared here is done.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO, metrics_of, read_jsonl
+from engine_worker import CASES, NUM_STEPS, PROGRAMS
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+ENGINES = {"ddp": "cpu2.yaml", "zero2": "cpu2_zero2.yaml", "zero3": "cpu2_zero3.yaml"}
+LIMIT_S = 1800
+
+
+@pytest.fixture(scope="module")
+def results(world, taught, tmp_path_factory):
+    """A function from an engine's name to the folder of its runs and what its first process found."""
+    folder, found = tmp_path_factory.mktemp("engines"), {}
+
+    def result_of(name: str):
+        if name not in found:
+            found[name] = launched(name, folder / name, world, taught)
+        return folder / name, found[name]
+
+    return result_of
+
+
+def launched(name: str, folder, world, taught) -> dict:
+    folder.mkdir()
+    launcher = ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    launcher = [*launcher, f"configs/accelerate/{ENGINES[name]}"] if name in ENGINES else []
+    command = [sys.executable, *launcher, "tests/engine_worker.py", name, str(folder), str(world), *taught]
+    env = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=LIMIT_S)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def assert_close(ours: dict, theirs: dict, **tolerances) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerances)
+
+
+# ---- recorded completions and advantages ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_engine_takes_the_steps_of_one_process(results, name, case):
+    """Shares of unequal length, of which some are empty; videos of unequal length and of several tasks."""
+    ours, theirs = results(name)[1][case], results("one")[1][case]
+    assert len(theirs["steps"]) == NUM_STEPS
+    for a, b in zip(ours["steps"], theirs["steps"], strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["lr"] == b["lr"]
+        assert a["kl"] == pytest.approx(b["kl"], abs=1e-5) and a["tokens"] == b["tokens"]
+        assert_close(a["logps"], b["logps"], atol=1e-5, rtol=0)
+    assert_close(ours["weights"], theirs["weights"], atol=1e-4, rtol=0)
+    last, first = theirs["steps"][-1], theirs["steps"][0]
+    assert last["kl"] > 1e-3 and len(last["logps"]) == 2 * 4  # policy and reference of 4 videos
+    assert {step["lr"] for step in theirs["steps"]} != {first["lr"]}
+    assert case != "two_updates" or sum(step["clipped"] for step in theirs["steps"]) > 0
+
+
+@pytest.mark.parametrize("name", [*ENGINES, "one"])
+def test_a_gradient_that_is_no_number_moves_nothing_anywhere(results, name):
+    """The loss of one process is not a number: no process takes the step, and the next one is as ever."""
+    ours, theirs = results(name)[1]["after_nan"], results("one")[1]["after_nan"]
+    bad, good = ours["norms"]
+    assert not torch.tensor(bad).isfinite() and good == pytest.approx(theirs["norms"][1], rel=1e-4)
+    before, between, after = ours["weights"]
+    assert all(torch.equal(between[name], weight) for name, weight in before.items())
+    assert any(not torch.equal(after[name], weight) for name, weight in before.items())
+    assert_close(after, theirs["weights"][2], atol=1e-4, rtol=0)
+
+
+def test_gathers_do_not_grow_with_what_is_sampled(results):
+    """Each weight once (ZeRO-3); with model.gather_weights=false anew for every token."""
+    gathers = results("zero3")[1]["gathers"]
+    num_weights = len(results("zero3")[1]["adamw"]["weights"])
+    assert 0 < gathers[True, 4] == gathers[True, 9] <= num_weights
+    assert gathers[False, 9] > gathers[False, 4] > 2 * gathers[True, 4]
+    assert set(results("zero2")[1]["gathers"].values()) == {0}
+
+
+# ---- whole programs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "loop"), [(name, loop) for name in ENGINES for loop in PROGRAMS[name]])
+def test_the_programs_run_as_in_one_process(results, name, loop):
+    """The same tokens in the first step, the same metrics, one Hugging Face folder with the same names and types."""
+    ours, theirs = (results(engine)[0] / loop for engine in (name, "one"))
+    if loop != "sft":
+        first = [[row for row in read_jsonl(run / "samples.jsonl") if row["step"] == 1] for run in (ours, theirs)]
+        assert first[0] == first[1] and len({text for row in first[0] for text in row["completions"]}) > 4
+    for a, b in zip(metrics_of(ours), metrics_of(theirs), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+        assert "validation/score" in a and a["grad_norm"] > 0
+    for folder in ("best", "final"):
+        files = [sorted(path.name for path in (run / folder).iterdir()) for run in (ours, theirs)]
+        assert files[0] == files[1]
+        weights = [load_file(next((run / folder).glob("*.safetensors"))) for run in (ours, theirs)]
+        assert [w.dtype for w in weights[0].values()] == [w.dtype for w in weights[1].values()]
+        assert_close(*weights, atol=1e-4, rtol=0)
+
+
+def test_weights_are_whole_where_nothing_is_trained(results):
+    """Evaluation and selection under a ZeRO-3 file: each process holds the model, the answers are those of one."""
+    for file in ("eval/predictions.jsonl", "select/scores.jsonl", "select/selected.jsonl"):
+        ours, theirs = (results(name)[0] / file for name in ("zero3", "one"))
+        assert ours.read_bytes() == theirs.read_bytes() and len(theirs.read_bytes().splitlines()) > 1
