@@ -280,6 +280,9 @@ class Engine:
             self.accelerator.load_state(str(folder))
 
     def end(self) -> None:
+        # a barrier holds no tensors: meanwhile gloo's thread lets go of those of the last call, for which it needs
+        # Python's lock, while the main thread, once it ends the group, may keep that lock and wait for the thread
+        self.wait()
         with self.watchdog.meeting():
             self.accelerator.end_training()
         self.watchdog.stop()
