@@ -42,7 +42,7 @@ UNUSED = {"config.yaml", "env.json", "config.yaml.tmp", "env.json.tmp", "logs", 
 ROWS = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")  # cut back to the checkpoint by a resume
 MAY_CHANGE = {"data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one resume to the next
 MAY_CHANGE |= {"run.steps", "run.save_every", "run.keep_checkpoints", "run.print_every"}
-MAY_CHANGE |= {"run.max_skipped", "run.timeout"}
+MAY_CHANGE |= {"run.max_skipped", "run.timeout", "run.self_check"}
 
 
 @contextmanager
