@@ -13,6 +13,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 import re
 import time
 from array import array
@@ -44,7 +45,7 @@ SETTINGS = {  # what the summary says of a configuration, the first form whose k
     "Batch": ["{data.batch_size} videos × {rollout.group_size} completions", "{data.batch_size} videos"],
     "Completions": ["at most {rollout.max_new_tokens} tokens, temperature {rollout.temperature}"],
     "Learning rate": ["{optim.lr}, {optim.schedule}"],
-    "Adapters, rank": ["{model.lora_rank}"],
+    "LoRA rank": ["{model.lora_rank}"],
     "Advantages": ["{loss.baseline}, {loss.scale}"],
     "Loss": ["{loss.aggregation}, clip {loss.clip_low} / {loss.clip_high}"],
     "KL coefficient": ["{loss.beta}"],
@@ -120,7 +121,8 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     >>> short_names([Path("runs/a/run"), Path("runs/b/run")])
     ['a/run', 'b/run']
     """
-    parts, depth = [(path.parent if path.is_file() else path).resolve().parts for path in paths], 1
+    folders = [path.parent if path.is_file() else path for path in paths]
+    parts, depth = [Path(os.path.abspath(folder)).parts for folder in folders], 1
     while len({of[-depth:] for of in parts}) < len(set(parts)):
         depth += 1
     return [cut("/".join(of[-depth:]), MAX_NAME) for of in parts]

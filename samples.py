@@ -55,7 +55,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _parse(line: bytes) -> dict | None:
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
+        row = json.loads(line)
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

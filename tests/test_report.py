@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
     @property
     def data(self) -> dict:
-        return json.loads(self.raw["script", "data"])
+        return json.loads(self.raw["script", "data"], parse_constant=pytest.fail)  # NaN is no JSON
 
 
 def brightness(image: str) -> float:

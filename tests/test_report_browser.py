@@ -142,6 +142,7 @@ def test_links_to_a_sample(simple, visit):
 
 
 def test_the_value_under_the_pointer(simple, visit):
+    """The values once made the caption higher, which moved the plot away from under the pointer."""
     page = visit(simple)
     panel = page.locator("figure", has_text="reward/iou").first
     panel.scroll_into_view_if_needed()
@@ -149,7 +150,10 @@ def test_the_value_under_the_pointer(simple, visit):
     page.mouse.move(box["x"] + 0.49 * box["width"], box["y"] + 5)
     assert panel.locator("output").inner_text() == "step 3 0.36"
     stacked = page.locator("figure", has_text="time per step by phase")
+    stacked.scroll_into_view_if_needed()
+    before = stacked.bounding_box()
     stacked.locator("svg").hover(position={"x": 1, "y": 1})
+    assert stacked.bounding_box() == before
     assert stacked.locator("output").inner_text().split() == ["step", "1", "0.1", "0.3", "0.5", "0.3"]
 
 
