@@ -77,6 +77,8 @@ class Engine:
             raise ValueError("mixed_precision in the accelerate file must be 'no': model.dtype says the precision")
         if use_deepspeed() and self.accelerator.state.deepspeed_plugin.zero3_init_flag:
             raise ValueError("zero3_init_flag in the accelerate file must be false: weights are sharded once loaded")
+        if use_deepspeed():  # else transformers loads sharded weights under ZeRO-3, for evaluation too
+            self.accelerator.state.deepspeed_plugin.dschf = None
         self._sharded = None  # DeepSpeed's engine of the trained model, under ZeRO-3
         self.watchdog = Watchdog(self.rank, self.world_size, timeout_s)
         self.skipped_in_a_row = 0  # updates whose gradient was not finite, up to now

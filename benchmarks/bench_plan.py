@@ -10,7 +10,7 @@ optimizer has its state. `3b` is the recipe grpo_qwen2_5_vl_3b_charades.yaml wit
 140 GB.
 
 On a GPU the peak is torch.cuda.max_memory_allocated; on a CPU it is the process's VmHWM above what it held before the
-models were loaded, so the kernels' own buffers and what malloc keeps count as well. Phases:
+models were loaded, with every tensor in pages of its own, so the kernels' own buffers count as well. Phases:
 
     vision       the tower, once for all videos of the step
     sampling     prefill and decode, with the KV cache
@@ -46,6 +46,7 @@ from run import environment
 
 REPO = Path(__file__).resolve().parents[1]
 GIB = 2**30
+M_MMAP_THRESHOLD = -3  # of malloc.h: from here on memory is taken from the system, and given back when it is freed
 BASE = plan.MODELS / "Qwen" / "Qwen2.5-VL-3B-Instruct"  # the shape that a size changes, and its vocabulary
 TEXT_300M = {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 2816}
 VISION_300M = {"hidden_size": 768, "depth": 8, "num_heads": 12, "intermediate_size": 2048, "out_hidden_size": 1024}
@@ -169,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="300m")
     args = parser.parse_args(argv)
     size = SIZES[args.size]
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # else what is freed stays with the process, in pieces
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise SystemExit("error: one process only: each writes data and a model of its own")
     with tempfile.TemporaryDirectory() as folder:

@@ -26,12 +26,12 @@ from run import Run
 from train_grpo import Groups
 
 NUM_STEPS, NUM_VIDEOS, GROUP_SIZE, LONGEST = 20, 4, 4, 9
-ADAMW = ("loss.beta=0.1", "optim.lr=1e-3", "optim.warmup_steps=3", "optim.schedule=cosine", "optim.weight_decay=0.1")
+ADAMW = ("loss.beta=0.1", "optim.lr=3e-4", "optim.warmup_steps=3", "optim.schedule=cosine", "optim.weight_decay=0.1")
 CLIPPED = (*ADAMW, "optim.grad_clip=0.3", f"run.steps={NUM_STEPS}", "data.micro_batch_size=2")
 VISION = ("model.freeze_vision=false", "model.gradient_checkpointing=true")
 CASES = {  # overrides by case; names with sgd: plain SGD
     "adamw": CLIPPED,
-    "sgd": (*CLIPPED, "optim.lr=0.05", "optim.grad_clip=1e9"),
+    "sgd": (*CLIPPED, "optim.lr=0.01", "optim.grad_clip=1e9"),
     "two_updates": (*CLIPPED, *VISION, "loss.updates_per_rollout=2", "loss.clip_low=0.02", "loss.clip_high=0.02"),
 }
 SHORT = ("rollout.group_size=2", "rollout.max_new_tokens=3", "eval.max_new_tokens=3", "group.skip_dead=false")
@@ -94,9 +94,11 @@ def train_recorded(world: Path, cfg: GrpoConfig, case: str) -> dict:
     """Per step the gradient norm, KL and log-probs, and the weights at the end; the first process has all of it."""
     run = open_run(cfg)
     m = cfg.model
-    raw = make_policy(world, freeze_vision=m.freeze_vision, gradient_checkpointing=m.gradient_checkpointing)
+    raw = make_policy(
+        world, sharpen=1.5, freeze_vision=m.freeze_vision, gradient_checkpointing=m.gradient_checkpointing
+    )
     prompts = make_prompts(world, raw, num=2 * NUM_VIDEOS)
-    reference = make_policy(world, sharpen=2.5).requires_grad_(False)
+    reference = make_policy(world, sharpen=1.0).requires_grad_(False)
     optimizer = sgd(raw, cfg.optim) if "sgd" in case else make_optimizer(raw, cfg.optim)
     policy, optimizer = run.prepare(raw, optimizer, cfg.optim.grad_clip)
     reference = run.engine.prepare_frozen(reference)
@@ -118,7 +120,7 @@ def recorded_step(raw, policy, reference, optimizer, prompts, step: int, cfg, ru
     stats = train_grpo.update(policy, reference, optimizer, own_groups(raw, prompts, step, run), cfg, run)
     rows = {key: value for part in run.engine.gather_rows([recorder.rows]) for key, value in part.items()}
     sums = run.engine.sums({name: stats[name] for name in ("kl", "tokens", "clipped")})
-    return {"grad_norm": stats["grad_norm"], "logps": rows, "kl": sums["kl"] / sums["tokens"]} | sums
+    return sums | {"grad_norm": stats["grad_norm"], "logps": rows, "kl": sums["kl"] / sums["tokens"]}
 
 
 def weights_of(raw, run: Run) -> dict[str, torch.Tensor]:
@@ -175,7 +177,7 @@ def run_program(name: str, world: Path, folder: Path, taught: list[str]) -> None
     if name == "sft":
         train_sft.train(sft_cfg(world, folder, *taught, *data, run_dir))
     else:
-        refilled = ("loss.beta=0.1", "group.max_refills=1", "group.tolerance=0.1")
+        refilled = ("loss.beta=0.1", "group.max_refills=1")
         train_grpo.train(make_cfg(world, folder, *taught, *data, *refilled, *LOOPS[name], run_dir))
 
 
@@ -187,7 +189,7 @@ def work(engine: str, folder: Path, world: Path, taught: list[str]) -> None:
     for case, overrides in CASES.items():
         AcceleratorState._reset_state()  # DeepSpeed's settings are those of the run before
         results |= train_recorded(world, make_cfg(world, folder, *overrides, f"run.dir={folder}/{case}"), case)
-    if Engine(folder, "none").is_main:
+    if Engine(folder, "none", timeout_s=600).is_main:
         torch.save(results, folder / "results.pt")
     train_grpo.packed_logps = policy_module.packed_logps
     for name in PROGRAMS[engine]:

