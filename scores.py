@@ -62,9 +62,7 @@ def read_scores(path: Path, samples: Sequence[Sample]) -> list[dict]:
             if row["id"] not in known:
                 raise ValueError(f"the id {row['id']!r} is not in data.train: scores of other data")
             if row.get("item", known[row["id"]]) != known[row["id"]]:
-                raise ValueError(
-                    f"{row['id']!r} was scored with another question or truth than data.train has now"
-                )
+                raise ValueError(f"{row['id']!r} was scored with another question or truth than data.train has now")
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         rows[row["id"]] = row

@@ -168,7 +168,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     rows = []
     for result in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(result, []):
-            name, outcome = dict(getattr(report, 'user_properties', ())).get("fault", ("", ""))
+            name, outcome = dict(getattr(report, "user_properties", ())).get("fault", ("", ""))
             outcome = "FAILED" if report.failed else f"skipped: {report.longrepr[2]}" if report.skipped else outcome
             rows += [(name, outcome)] if name else []
     width = max((len(name) for name, _ in rows), default=0)
