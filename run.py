@@ -78,7 +78,9 @@ class Run:
         self.engine.skipped_in_a_row = self.state.get("skipped_in_a_row", 0)
         set_seed(cfg.seed)
         if tracker != "none":
-            self.engine.accelerator.init_trackers("logs")
+            settings = flat(yaml.safe_load(config_yaml))  # trackers take numbers and texts
+            settings = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
+            self.engine.accelerator.init_trackers("logs", settings)
 
     @property
     def is_main(self) -> bool:
@@ -157,6 +159,17 @@ class Run:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.append("metrics.jsonl", [{"step": step} | finite])
         self._try_to_write(lambda: self.engine.accelerator.log(finite, step=step))
+
+    def show(self, step: int, text: str, figure=None) -> None:
+        """Hand a text to the tracker, and a matplotlib figure to TensorBoard."""
+
+        def write() -> None:
+            self.engine.accelerator.log({"samples/completions": text}, step=step)
+            for tracker in self.engine.accelerator.trackers:
+                if tracker.name == "tensorboard" and figure is not None:
+                    tracker.tracker.add_figure("samples/timelines", figure, step)
+
+        self._try_to_write(write)
 
     def log_samples(self, rows: Sequence[dict]) -> None:
         """Append the rows of all processes, in the order of their `group`, to samples.jsonl."""

@@ -56,6 +56,7 @@ from rollout import Rollout, generate
 from run import Clock, Run, user_errors
 from selfcheck import check_model, check_ranks
 from signals import interruptible
+from timelines import completions_text, draw_timelines
 
 CAUSES = {
     "no group had rewards that differ, so there was no gradient": "questions that are all too easy or too hard for "
@@ -420,6 +421,8 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
             warnings = alarm(metrics)
             if run.is_main:
                 print_step(step + 1, metrics, rows, warnings, cfg.run.print_every)
+                if cfg.run.tracker != "none" and (step + 1) % cfg.run.print_every == 0:
+                    run.show(step + 1, completions_text(rows), draw_timelines(rows))
             run.check_finite(step + 1, partial(batch_rows, groups, cfg, step + 1))
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state | loader.order.state | alarm.state)

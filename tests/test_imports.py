@@ -12,7 +12,7 @@ from conftest import REPO
 CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "reward_functions", "grpo"}
 CORE |= {"pretrained", "run", "engine", "optim", "selfcheck", "signals"}
 MAY_IMPORT = {
-    "train_grpo": CORE | {"eval", "plan"},
+    "train_grpo": CORE | {"eval", "plan", "timelines"},
     "train_sft": CORE - {"rollout", "reward_functions", "grpo"} | {"eval", "plan"},
     "select_data": CORE | {"batches", "environment", "scores", "selection", "video", "workers"},
     "batches": {"records", "run"},

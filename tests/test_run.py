@@ -10,9 +10,13 @@ import time
 
 import pytest
 import torch
+import yaml
+from conftest import make_cfg, read_jsonl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine
 import run as run_module
+import train_grpo
 from checkpoint import write_list
 from config import RunConfig
 from engine import check_batch
@@ -427,3 +431,40 @@ def test_the_environment_names_versions_and_commit():
     found = json.loads(json.dumps(environment()))
     assert found["python"] == platform.python_version() and found["packages"]["torch"] == torch.__version__
     assert found["devices"] and {"command", "commit", "diff"} <= found.keys()
+
+
+# ---- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_scalars_time_lines_completions_and_the_configuration(world, tmp_path):
+    """Read back from the event files: the numbers of metrics.jsonl, and at run.print_every what there is to look at."""
+    cfg = make_cfg(world, tmp_path, "run.tracker=tensorboard", "run.print_every=2", "run.steps=3")
+    logs = train_grpo.train(cfg).dir / "logs"
+    found = EventAccumulator(str(logs), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    rows = read_jsonl(logs.parent / "metrics.jsonl")
+    assert set(found.Tags()["scalars"]) == {name for row in rows for name in row} - {"step"}
+    for name in ("reward/total", "length/mean", "time/step"):
+        events = [(event.step, event.value) for event in found.Scalars(name)]
+        assert events == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+    (image,) = found.Images("samples/timelines")
+    assert image.step == 2 and image.width > 600 and image.encoded_image_string.startswith(b"\x89PNG")
+    (text,) = found.Tensors("samples/completions/text_summary")
+    (sample,) = [row for row in read_jsonl(logs.parent / "samples.jsonl") if (row["step"], row["group"]) == (2, 0)]
+    shown = text.tensor_proto.string_val[0].decode()
+    assert text.step == 2 and sample["question"] in shown and f"reward {sample['rewards'][0]:.2f}" in shown
+    (settings,) = logs.glob("*/hparams.yml")
+    found = yaml.safe_load(settings.read_text())
+    assert found["optim.lr"] == cfg.optim.lr and found["run.steps"] == 3 and found["model.path"] == cfg.model.path
+
+
+def test_a_figure_that_cannot_be_written_ends_the_run_like_a_row(tmp_path, monkeypatch):
+    run = Run(RunConfig(dir=str(tmp_path / "a"), steps=4), YAML, False)
+    (tracker,) = run.engine.accelerator.trackers
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tracker.tracker, "add_figure", full)
+    run.show(1, "a text", figure=object())
+    with pytest.raises(SystemExit, match="No space left on device; --resume goes on from step 0"):
+        run.save_due(1)
