@@ -10,9 +10,12 @@ import pytest
 from conftest import REPO
 
 CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "reward_functions", "grpo"}
-CORE |= {"pretrained", "run", "engine", "optim", "selfcheck", "signals"}
+CORE |= {"pretrained", "run", "engine", "optim", "selfcheck", "signals", "clock"}
 MAY_IMPORT = {
-    "train_grpo": CORE | {"eval", "plan", "timelines"},
+    "train_grpo": CORE | {"eval", "plan", "groups", "progress"},
+    "groups": {"config", "grpo", "reward_functions", "rewards", "rollout"},
+    "progress": {"config", "groups", "grpo", "prompts", "records", "rewards", "run", "timelines"},
+    "clock": set(),
     "train_sft": CORE - {"rollout", "reward_functions", "grpo"} | {"eval", "plan"},
     "select_data": CORE | {"batches", "environment", "scores", "selection", "video", "workers"},
     "batches": {"records", "run"},

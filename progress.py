@@ -1,0 +1,149 @@
+"""What a GRPO run says of a step: its row of metrics.jsonl, its rows of samples.jsonl, warnings, completions to read.
+
+metrics.jsonl holds, per step:
+
+    reward/total, reward/<part>   means over all completions sampled; a part over those that have it
+    group/frac_mixed              groups whose rewards differ, the only ones with a gradient
+    group/frac_all_good, _all_bad of the others, those whose answers are all perfect, all worth nothing
+    group/refills, group/trained  rounds of further sampling; groups that the update ran on
+    loss                          mean over the updates; this and what follows only if a group was trained on
+    kl, entropy                   means over the completion tokens trained on, and over the updates
+    clip_frac                     likewise, of the last update: in a rollout's first one every ratio is 1
+    length/mean, length/max       completion tokens, EOS included; frac_truncated: without EOS
+    logp_gap/mean, logp_gap/max   |sampled - scored log-prob| per token: 0 but for rounding, or something is wrong
+    tokens/video, data/frames_cut means over the videos: tokens really used, frames that the token budget took away
+    data/num_replaced             samples that could not be read and were replaced by others, see loader.py
+    data/num_active               samples that training still uses: all, unless data.refilter_every drops some
+    update/num_skipped            updates of the step whose gradient was not finite: they moved nothing, on any process
+    time/<phase>                  seconds, on the main process: step, in it data, vision, rollout, reward and update;
+                                  data_wait is the part of data that waits for decoded frames and other processes
+    memory/<phase>                GiB held at the most: by tensors on CUDA, the resident set on a CPU where it is known
+"""
+
+import json
+import sys
+
+from tqdm import tqdm
+
+from config import GrpoConfig, RunConfig
+from groups import Groups, choose_groups
+from grpo import group_stats
+from prompts import video_means, video_sums
+from records import to_record
+from rewards import PARTS
+from run import Run
+from timelines import completions_text, draw_timelines
+
+CAUSES = {
+    "no group had rewards that differ, so there was no gradient": "questions that are all too easy or too hard for "
+    "the model (group/frac_all_good and frac_all_bad tell; select the data), answers that never parse (read "
+    "samples.jsonl), too few completions, too low a temperature",
+    "over 90% of the completions were cut off at rollout.max_new_tokens": "too small a limit for thinking, a prompt "
+    "template that is not the model's own, a generation_config.json that does not name the model's EOS ids",
+}
+
+
+def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoConfig, run: Run) -> dict[str, float]:
+    """The step's metrics over all processes, from sums."""
+    rollout, num_updates = groups.rollout, cfg.loss.updates_per_rollout
+    sums = {name: stats[name] for name in ("loss", "kl", "clipped", "entropy", "tokens", "gap")}
+    sums |= {
+        "num_completions": float(len(groups.rewards)),
+        "completion_tokens": float(rollout.mask_BT.sum()),
+        "prompt_tokens": float(sum(len(prompt.ids) for prompt in rollout.prompts)),
+        "truncated": float(rollout.truncated_B.sum()),
+        "total": sum(reward.total for reward in groups.rewards),
+        **video_sums(rollout.prompts),
+    }
+    parts = [*PARTS["gqa"], "overlong", *(function.name for function in functions)]
+    for part in parts:
+        having = [reward.parts[part] for reward in groups.rewards if part in reward.parts]
+        sums |= {f"sum/{part}": sum(having), f"num/{part}": float(len(having))}
+    s = run.engine.sums(sums)
+    num = s["num_completions"]
+    counts = group_stats(groups.earned_NG, groups.right_NG, cfg.group.tolerance)
+    metrics = {
+        "reward/total": s["total"] / num,
+        **{f"reward/{part}": s[f"sum/{part}"] / s[f"num/{part}"] for part in parts if s[f"num/{part}"]},
+        **{f"group/frac_{kind}": count / len(groups.totals_NG) for kind, count in counts.items()},
+        "group/refills": float(groups.num_refills),
+        "group/trained": stats["trained"],
+        "length/mean": s["completion_tokens"] / num,
+        "length/max": run.engine.maximum(rollout.mask_BT.sum(1).max().item()),
+        "frac_truncated": s["truncated"] / num,
+        "grad_norm": stats["grad_norm"],
+        "update/num_skipped": stats["num_skipped"],
+        "tokens/prompt": s["prompt_tokens"],
+        "tokens/completion": s["completion_tokens"],
+        **video_means(s),
+    }
+    gap_max = run.engine.maximum(stats["gap_max"])
+    if s["tokens"]:  # the gap is the first update's
+        metrics |= {"loss": s["loss"] / num_updates, "clip_frac": s["clipped"] * num_updates / s["tokens"]}
+        metrics |= {"kl": s["kl"] / s["tokens"], "entropy": s["entropy"] / s["tokens"]}
+        metrics |= {
+            "logp_gap/mean": s["gap"] * num_updates / s["tokens"],
+            "logp_gap/max": gap_max,
+        }  # of the first update
+    return metrics
+
+
+class Alarm:
+    """Says so, every `after` steps in a row, when a run learns nothing or never gets to the end of a sentence.
+
+    `state` is that of the run which is resumed, or None.
+    """
+
+    def __init__(self, after: int, state: list[int] | None = None):
+        self.after, self.counts = after, dict(zip(CAUSES, state or [0] * len(CAUSES), strict=True))
+
+    @property
+    def state(self) -> dict:
+        return {"alarm": list(self.counts.values())}
+
+    def __call__(self, metrics: dict[str, float]) -> list[str]:
+        """The warnings due after this step."""
+        signs = (metrics["group/frac_mixed"] == 0, metrics["frac_truncated"] > 0.9)
+        due = []
+        for sign, (name, count) in zip(signs, list(self.counts.items()), strict=True):
+            self.counts[name] = count + 1 if sign else 0
+            if sign and self.counts[name] % self.after == 0:
+                due.append(f"WARNING: for {self.counts[name]} steps {name}. Usual causes: {CAUSES[name]}.")
+        return due
+
+
+def sample_rows(groups: Groups, step: int, cfg: GrpoConfig) -> list[dict]:
+    """One row per video for samples.jsonl: the record, and its G completions with their rewards and advantages."""
+    rollout, rewards, size = groups.rollout, groups.rewards, groups.rollout.group_size
+    advantages_NG = choose_groups(groups, cfg)[2]
+    return [
+        {
+            "step": step,
+            "group": groups.own[p],
+            **to_record(prompt.sample),
+            "completions": rollout.texts[p * size : (p + 1) * size],
+            "rewards": [reward.total for reward in rewards[p * size : (p + 1) * size]],
+            "parts": [reward.parts for reward in rewards[p * size : (p + 1) * size]],
+            "advantages": advantages_NG[groups.own[p]].tolist(),
+        }
+        for p, prompt in enumerate(rollout.prompts)
+    ]
+
+
+def batch_rows(groups: Groups, cfg: GrpoConfig, step: int) -> list[dict]:
+    """The rows of samples.jsonl, and whether the update ran on them."""
+    trained = choose_groups(groups, cfg)[1]
+    return [row | {"trained": row["group"] in trained} for row in sample_rows(groups, step, cfg)]
+
+
+def print_step(
+    step: int, metrics: dict[str, float], rows: list[dict], warnings: list[str], cfg: RunConfig, run: Run
+) -> None:
+    """Warnings; now and then two completions, and more of them for the tracker."""
+    for warning in warnings:
+        tqdm.write(warning, file=sys.stderr)
+    if step % cfg.print_every == 0:
+        shown = [f"  {r:.2f} {json.dumps(c)}" for c, r in list(zip(rows[0]["completions"], rows[0]["rewards"]))[:2]]
+        tqdm.write("\n".join([f"step {step}: reward {metrics['reward/total']:.3f}; {rows[0]['id']}", *shown]))
+        if cfg.tracker != "none":
+            run.show(step, completions_text(rows), draw_timelines(rows))
