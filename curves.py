@@ -37,6 +37,7 @@ SECTIONS = {  # title: metrics, in this order; each is drawn where it is first n
     "Completions": ("length/*", "frac_truncated"),
     "Policy": ("loss", "kl", "entropy", "clip_frac", "grad_norm", "lr", "logp_gap/*"),
     "Speed": ("time/step", "tokens_per_s"),
+    "Memory": ("memory/*",),
     "Others": ("*",),
 }
 STACKS = {
@@ -51,6 +52,7 @@ UNITS = {
     "logp_gap/*": "nats per token",
     "time*": "s",
     "tokens_per_s": "tokens/s",
+    "memory/*": "GiB",
     "validation/num_*": "",
     "validation/*": "%",
 }

@@ -10,14 +10,11 @@ import json
 import math
 import shutil
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import yaml
 from accelerate.utils import set_seed
 from tqdm import tqdm
@@ -297,34 +294,6 @@ class Run:
 
     def _end(self, message: str) -> NoReturn:
         raise SystemExit(message if self.is_main else 1)
-
-
-class Clock:
-    """Seconds spent per phase of a step; `phase` is told of each, and when it is over.
-
-    >>> clock = Clock()
-    >>> with clock("update"):
-    ...     pass
-    >>> list(clock.times()), clock.times()
-    (['time/update'], {})
-    """
-
-    def __init__(self, phase: Callable[[str], AbstractContextManager] = nullcontext):
-        self.phase, self.seconds = phase, defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with self.phase(phase):
-            yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[f"time/{phase}"] += time.perf_counter() - start
-
-    def times(self) -> dict[str, float]:
-        """The seconds since the last call, and start again."""
-        seconds, self.seconds = dict(self.seconds), defaultdict(float)
-        return seconds
 
 
 def config_differences(path: Path, config_yaml: str) -> dict[str, str]:

@@ -8,8 +8,11 @@ The loss is the mean negative log-prob of the target's tokens (the answer block 
 import math
 from functools import partial
 
+import torch
+
 import config
 import plan
+from clock import Clock
 from config import SftConfig
 from data import read_samples
 from engine import check_batch, check_engine
@@ -21,7 +24,7 @@ from pretrained import load_policy, save_model
 from prompts import Prompt, make_builder, video_means, video_sums
 from records import Sample
 from rewards import format_answer
-from run import Clock, Run, user_errors
+from run import Run, user_errors
 from selfcheck import check_model, check_ranks
 from signals import interruptible
 
@@ -51,13 +54,14 @@ def update(policy, optimizer, prompts, targets, num_tokens: float, cfg: SftConfi
     def loss_of(rows: slice):
         packed = pack(prompts[rows], targets[rows], raw.model.config, raw.device, most_tokens)
         loss = -policy(packed)[0].sum() / num_tokens
-        losses.append(loss.item())
+        losses.append(loss.detach())
         return loss
 
     policy.train()
     run.engine.backward(policy, micro_batches, loss_of)
     grad_norm = run.engine.step(policy, optimizer, cfg.optim.grad_clip)
-    return run.engine.sums({"loss": sum(losses[: len(micro_batches)])})["loss"], grad_norm
+    own = torch.stack(losses[: len(micro_batches)]).tolist()  # at once: a device that is asked stands still
+    return run.engine.sums({"loss": sum(own)})["loss"], grad_norm
 
 
 def batch_rows(prompts: list[Prompt], targets: list[list[list[int]]], step: int) -> list[dict]:
@@ -97,7 +101,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
             metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens/targets": sums["tokens"]}
             metrics |= video_means(sums) | {"data/num_replaced": loader.num_replaced}
             metrics |= {"update/num_skipped": float(not math.isfinite(grad_norm))}
-            metrics |= validator(step + 1, raw) | clock.times()
+            metrics |= validator(step + 1, raw) | clock.read()
             run.log(step + 1, metrics)
             run.check_finite(step + 1, partial(batch_rows, prompts, targets, step + 1))
             if run.save_due(step + 1):

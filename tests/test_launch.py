@@ -21,7 +21,7 @@ def launch(processes: int, cfg, tmp_path) -> list[dict]:
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / f"run{processes}" / "metrics.jsonl").read_text().splitlines()]
-    machine = ("time/", "tokens_per_s")
+    machine = ("time/", "memory/", "tokens_per_s")
     return [{key: value for key, value in row.items() if not key.startswith(machine)} for row in rows]
 
 

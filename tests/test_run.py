@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import signal
-import time
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from checkpoint import write_list
 from config import RunConfig
 from engine import check_batch
 from environment import environment
-from run import Clock, Run, user_errors
+from run import Run, user_errors
 
 YAML = "run:\n  seed: 0\n  steps: 4\nloss:\n  beta: 0.1\n"
 
@@ -411,20 +410,6 @@ def test_an_indivisible_batch_is_an_error():
     with pytest.raises(ValueError, match=r"data.batch_size 7 does not divide by the 2 processes"):
         check_batch(7, 2)
     check_batch(6, 2)
-
-
-def test_the_clock_adds_up_phases_and_starts_again():
-    clock = Clock()
-    start = time.perf_counter()
-    with clock("step"):
-        for _ in range(2):
-            with clock("data"):
-                sum(range(20000))
-    whole = time.perf_counter() - start
-    times = clock.times()
-    assert list(times) == ["time/data", "time/step"]
-    assert 0 < times["time/data"] <= times["time/step"] <= whole
-    assert clock.times() == {}
 
 
 def test_the_environment_names_versions_and_commit():

@@ -13,6 +13,7 @@ import config
 import eval as evaluation
 import train_grpo
 import train_sft
+from clock import restart_peak
 from data import read_samples
 from records import FIELDS, to_sample
 from samples import frames_for, views_of
@@ -274,6 +275,8 @@ def test_all_tasks_in_one_batch(world, tmp_path, family):
     (row,) = metrics_of(tmp_path / "run", machine=True)
     assert {"reward/format", "reward/answer", "reward/iou"} <= row.keys() and row["logp_gap/max"] < 1e-4
     assert {f"time/{phase}" for phase in ("data", "vision", "rollout", "reward", "update", "step")} <= row.keys()
+    if restart_peak() is not None:
+        assert 0 < row["memory/rollout"] <= row["memory/step"] and 0 < row["memory/update"] <= row["memory/step"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared: real clips are not part of the repository")
