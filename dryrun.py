@@ -233,7 +233,7 @@ def sample(run: DryRun, policy: Policy, call: Call) -> int:
     del mask
     cache.crop(-1)
     bias = None if num == 1 else torch.empty(num, 1, 1, longest - 1, dtype=policy.model.dtype, device=META)
-    cache.layers = [GroupLayer(layer, bias) for layer in cache.layers]
+    cache.layers = [GroupLayer(layer, bias, call.num_new) for layer in cache.layers]
     num_done = 0
     for num_before, steps in ((call.num_new // 2, call.repeat * call.num_new), (call.num_new - 1, 0)):
         run.begin("decode", 0)

@@ -69,20 +69,28 @@ class Rollout:
 class GroupLayer(DynamicLayer):
     """A layer's cache in which P prompts stand once, and only what their P x G completions add stands per row.
 
-    `update` hands the prompts' keys and values over beside the completions' own, for attention.group_attention.
+    There is room for `most_new` tokens of each: none is copied twice. `update` hands the prompts' keys and values
+    over beside the completions' own, for attention.group_attention.
     """
 
-    def __init__(self, layer: DynamicLayer, bias: Tensor | None):
+    def __init__(self, layer: DynamicLayer, bias: Tensor | None, most_new: int):
         super().__init__()
         self.prompt = SharedPrompt(layer.keys, layer.values, bias)
+        self.most_new, self.num_new, self.room = most_new, 0, None
 
     def get_seq_length(self) -> int:
-        return self.prompt.keys.shape[2] + super().get_seq_length()
+        return self.prompt.keys.shape[2] + self.num_new
 
-    def update(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(*args, **kwargs)
-        keys.prompt = self.prompt
-        return keys, values
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        new, start = (key_states, value_states), self.num_new
+        if self.room is None:
+            self.room = [x.new_empty(*x.shape[:2], self.most_new, x.shape[3]) for x in new]
+        self.num_new += key_states.shape[2]
+        for room, x in zip(self.room, new):
+            room[:, :, start : self.num_new] = x
+        self.keys, self.values = (room[:, :, : self.num_new] for room in self.room)
+        self.keys.prompt = self.prompt
+        return self.keys, self.values
 
 
 class GumbelSampler(LogitsProcessor):
@@ -181,9 +189,9 @@ def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds, 
     ).past_key_values
     cache.crop(-1)  # generate() runs the last prompt token again, for its logits
     padding_PL, bias = mask[:, :-1] == 0, None
-    if padding_PL.any():
+    if len({len(prompt.ids) for prompt in prompts}) > 1:
         bias = torch.zeros_like(padding_PL, dtype=model.dtype).masked_fill(padding_PL, -torch.inf)[:, None, None]
-    cache.layers = [GroupLayer(layer, bias) for layer in cache.layers]
+    cache.layers = [GroupLayer(layer, bias, max_new_tokens) for layer in cache.layers]
     ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
     model.model.rope_deltas = deltas.repeat_interleave(group_size, 0)
     sampler = GumbelSampler(policy, seeds)
