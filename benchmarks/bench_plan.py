@@ -40,6 +40,7 @@ import config
 import plan
 import tiny
 import train_grpo
+from clock import peak_bytes, restart_peak
 from engine import Engine
 from policy import Policy
 from run import environment
@@ -103,28 +104,20 @@ def write_data(folder: Path, size: dict, num: int) -> Path:
     return folder / "data.jsonl"
 
 
-def status_bytes(field: str) -> int:
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) * 1024
-
-
 class Peaks:
     """Bytes at the most in every phase of a run's last step, above the baseline."""
 
     def __init__(self):
-        self.baseline, self.found = 0, {}
+        self.baseline, self.held, self.found = 0, 0, {}
 
     def restart(self) -> None:
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        else:
+        if not torch.cuda.is_available():
             ctypes.CDLL(None).malloc_trim(0)  # memory kept from earlier phases is not this one's
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+        self.held = restart_peak()
 
     def peak(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return status_bytes("VmHWM") - self.baseline
+        return peak_bytes() - self.baseline
 
     def watch(self, owner, name: str, phase: str) -> None:
         """Have every call of `owner.name` leave its peak; a later call of a phase counts if it is higher."""
@@ -141,7 +134,7 @@ class Peaks:
     def start_from_here(self) -> None:
         """What the process holds now is not the models'."""
         self.restart()
-        self.baseline = 0 if torch.cuda.is_available() else status_bytes("VmRSS")
+        self.baseline = 0 if torch.cuda.is_available() else self.held
 
 
 def run_two_steps(cfg: config.GrpoConfig) -> Peaks:

@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import tiny
+from clock import peak_bytes, restart_peak
 from config import ModelConfig
 from environment import environment
 from policy import Policy, pack, prompt_positions
@@ -152,25 +153,19 @@ def seconds(call: Callable) -> float:
     return time.perf_counter() - start
 
 
-def status_kib(field: str) -> int:
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+def held_bytes() -> int | None:
+    """Memory held now, of the CUDA device or of the process; `peak_bytes` starts again from it. None: not known."""
+    gc.collect()
+    if not torch.cuda.is_available() and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # memory kept from earlier calls would hide what this one uses
+    return restart_peak()
 
 
 def peak_mib(call: Callable) -> float:
-    """Peak memory of a call in MiB, of the CUDA device or of the process (Linux); nan elsewhere."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if not Path("/proc/self/clear_refs").exists():
-        return math.nan
-    ctypes.CDLL(None).malloc_trim(0)  # memory kept from earlier calls would hide what this one uses
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
-    before = status_kib("VmRSS")
+    """Peak memory of a call in MiB, above what is held before it; nan where it is not known."""
+    before = held_bytes()
     call()
-    return (status_kib("VmHWM") - before) / 2**10
+    return math.nan if before is None else (peak_bytes() - before) / 2**20
 
 
 def measure(phase: str, repeats: int, *inputs) -> dict[str, tuple[float, float, float]]:

@@ -1,289 +1,167 @@
-"""One whole GRPO step, ours against the way public trainers do it: time, memory and agreement.
+"""One whole GRPO step, ours against the way public trainers do it: time, memory, distance from the floor, agreement.
 
     python benchmarks/bench_step.py [--sizes 1046,64,8 1046,64,16] [--repeats 5] [--figure step_ratio.png]
-    python benchmarks/bench_step.py --model 3b --checkpointing    # on a GPU; random weights of Qwen2.5-VL-3B's shapes
+    python benchmarks/bench_step.py --model 3b [--checkpointing]    # random weights of Qwen2.5-VL-3B's shapes; a GPU
 
-A step reads a clip, runs the vision tower, samples G completions of exactly C tokens after a prompt of P, rewards
+A step reads clips, runs the vision tower, samples G completions of exactly C tokens after each prompt of P, rewards
 them, scores them under a reference model, and updates the policy (AdamW, learning rate 0, so that every step does the
 same). Both ways have equal weights, inputs, seeds and tokens, and take turns in one process; their tower is frozen.
+The 3b model is bfloat16, and takes (4096, 256, 8) with 4 videos and (16384, 256, 8) with 1; others have 1 video.
 
     ours       train_grpo.collect_groups and train_grpo.update, as `train` calls them
-    repeated   Hugging Face's generate with the tower run for every row, then reference and policy forwards over G rows
-               of P + C tokens, the tower run for every row again; the head on completion tokens only, which not all
-               public trainers do
+    repeated   Hugging Face's generate on all rows at once with the tower run for every row, then reference and policy
+               forwards over G rows of P + C tokens, one video at a time, the tower run for every row again; the head
+               on completion tokens only, which not all public trainers do
 
 Ratios are repeated / ours, more is better; the token ratio is G (P + C) / (P + G C). Memory is the peak of a phase
-above what was held before the step. `generate` is tower and sampling, `update` the policy's forward, backward and
-optimizer step without the reference. The last line is JSON for (1046, 64, 8), or the last size without it.
+above what was held before the step. `generate` is tower and sampling, of which `decode` is ours from the first token
+on; `update` is the policy's forward, backward and optimizer step without the reference. Floors are of our way, see
+floors.py. Greedy tokens are compared, and the log-probs of equal tokens. A way that runs out of the GPU's memory has
+no number from that phase on. The last line is JSON for (1046, 64, 8), or the first size without it.
 """
 
 import argparse
-import ctypes
-import dataclasses
 import gc
 import json
 import math
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import av
-import numpy as np
 import torch
-from bench_prefix import make_inputs, make_policy, sample, score, status_kib
+from bench_prefix import score
+from floors import Floor, measure_speed, now, step_floors
 from matplotlib.figure import Figure
 from torch import Tensor
+from ways import WAYS, Bench, Meter, make_bench, sample_repeated
 
-from config import DataConfig, GrpoConfig, LossConfig, ModelConfig, RolloutConfig, RunConfig, VideoConfig
-from grpo import group_advantages, policy_loss, token_weights
-from loader import Round
-from policy import Policy
-from prompts import Prompt
-from records import Sample
-from reward_functions import RewardFunction
-from rollout import Rollout
-from run import Run, environment
-from train_grpo import collect_groups, score_groups, update
-from video import load_video, read_geometry
+from dryrun import Speed
+from environment import environment
+from rollout import generate
 
-SIZES = [(278, 32, 8), (1046, 64, 8), (2070, 64, 8), (1046, 64, 16)]  # (P, C, G); 22 tokens of each prompt are text
+SIZES = {  # (P, C, G) by model
+    "tiny": [(278, 32, 8), (1046, 64, 8), (2070, 64, 8), (1046, 64, 16)],
+    "3b": [(4096, 256, 8), (16384, 256, 8)],
+}
 MAIN_SIZE = (1046, 64, 8)
-PHASES = ("data", "generate", "reward", "reference", "update")
-SIDE, CLIP_FPS = 112, 2  # pixels, of square frames: 16 tokens each two frames
-SPEC = VideoConfig(fps=CLIP_FPS, max_frames=4096, total_pixels=2**30)
-
-
-class Meter:
-    """Seconds by phase, or with `memory` the peak MiB of each above what was held at the start of the step."""
-
-    def __init__(self, memory: bool = False):
-        self.memory, self.found = memory, dict.fromkeys(PHASES, 0.0)
-        self.base = held_mib(start_again=True) if memory else 0.0
-
-    @contextmanager
-    def __call__(self, phase: str):
-        if self.memory:
-            held_mib(start_again=True)
-            yield
-            self.found[phase] = max(self.found[phase], peak_held_mib() - self.base)
-            return
-        start = now()
-        yield
-        self.found[phase] += now() - start
-
-
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def held_mib(start_again: bool) -> float:
-    """Memory held now, of the CUDA device or of the process; the peak starts again from it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # memory kept from earlier calls would hide what this one uses
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
-    return status_kib("VmRSS") / 2**10
-
-
-def peak_held_mib() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return status_kib("VmHWM") / 2**10
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What both ways share: models, inputs, configuration."""
-
-    policy: Policy
-    reference: Policy
-    optimizer: torch.optim.Optimizer
-    prompts: list[Prompt]  # without their videos' patches, which a step reads
-    clip: Path
-    cfg: GrpoConfig
-    run: Run
-
-    def read(self) -> list[Prompt]:
-        """The step's prompts, each with its clip decoded anew."""
-        geometry = read_geometry(self.cfg.model.path)
-        return [dataclasses.replace(prompt, video=load_video(self.clip, SPEC, geometry)) for prompt in self.prompts]
-
-
-def first_letters(completions: Sequence[str], **_) -> list[float]:
-    """A reward that differs between the completions of a random model, so that every group has a gradient."""
-    return [sum(map(ord, text)) % 97 / 97 for text in completions]
-
-
-FUNCTIONS = [RewardFunction("letters", first_letters, 1.0)]
-
-
-def ours(bench: Bench, meter: Meter) -> tuple[Tensor, Tensor]:
-    """A step of train_grpo; tokens (B, C) and the log-probs they were sampled with."""
-
-    def read(step: int) -> Round:
-        prompts, num = bench.read(), len(bench.prompts)
-        return Round(prompts, list(range(num)), num, list(range(num)), [0] * num, list(range(num)))
-
-    loader = SimpleNamespace(batch=read, samples=bench.prompts, order=SimpleNamespace(visited=lambda *_: None))
-    names = {"vision": "generate", "rollout": "generate"}
-    groups = collect_groups(
-        bench.policy, loader, FUNCTIONS, bench.cfg, 0, bench.run, lambda phase: meter(names.get(phase, phase))
-    )
-    marks: list[float] = []
-    hooks = [bench.reference.register_forward_pre_hook(lambda *_: marks.append(now()))]
-    hooks += [bench.reference.register_forward_hook(lambda *_: marks.append(now()))]
-    with meter("update"):
-        update(bench.policy, bench.reference, bench.optimizer, groups, bench.cfg, bench.run)
-    for hook in hooks:
-        hook.remove()
-    if not meter.memory:
-        meter.found["reference"] = sum(marks[1::2]) - sum(marks[::2])
-        meter.found["update"] -= meter.found["reference"]
-    return groups.rollout.tokens_BT, groups.rollout.logps_BT
-
-
-def repeated(bench: Bench, meter: Meter) -> tuple[Tensor, Tensor]:
-    """A step as public trainers take it, one video after the other; returns what `ours` does."""
-    cfg, policy = bench.cfg, bench.policy
-    size, num = cfg.rollout.group_size, cfg.rollout.max_new_tokens
-    with meter("data"):
-        prompts = bench.read()
-    with meter("generate"), torch.no_grad():
-        sampled = [sample(policy, prompt, [[0] * num] * size, tower_runs=size) for prompt in prompts]
-    tokens_BT, logps_BT = (torch.cat(parts) for parts in zip(*sampled))
-    with meter("reward"):
-        texts = policy.tokenizer.batch_decode(tokens_BT, skip_special_tokens=False)
-        mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        rollout = Rollout(tuple(prompts), tokens_BT, mask_BT, logps_BT, mask_BT[:, 0], texts)
-        totals_PG = score_groups(rollout, FUNCTIONS, cfg, 0)[1][..., 0]
-    loss_cfg = cfg.loss
-    advantages_PG = group_advantages(
-        totals_PG, loss_cfg.std_eps, loss_cfg.baseline, loss_cfg.scale, cfg.group.tolerance
-    )
-    weights_BT = token_weights(
-        mask_BT, loss_cfg.aggregation, num_tokens=mask_BT.sum().item(), num_completions=len(mask_BT), max_tokens=num
-    )
-    for p, prompt in enumerate(prompts):
-        rows = slice(p * size, (p + 1) * size)
-        inputs = (prompt, tokens_BT[rows].tolist(), size)
-        with meter("reference"), torch.no_grad():
-            ref_logps_BT = score(bench.reference, *inputs).view(size, num)
-        with meter("update"):
-            logps_BT_new = score(policy, *inputs).view(size, num)
-            loss, _ = policy_loss(
-                logps_BT_new,
-                logps_BT_new.detach(),
-                advantages_PG[p].to(policy.device),
-                mask_BT[rows],
-                weights_BT[rows],
-                ref_logps_BT=ref_logps_BT,
-                beta=loss_cfg.beta,
-            )
-            loss.backward()
-    with meter("update"):
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.optim.grad_clip)
-        bench.optimizer.step()
-        bench.optimizer.zero_grad()
-    return tokens_BT, logps_BT
-
-
-WAYS = {"ours": ours, "repeated": repeated}
-
-
-def write_clip(path: Path, num_frames: int) -> None:
-    """Drifting gradients, so that frames differ and compress as videos do."""
-    ramp = np.linspace(0, 255, SIDE)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=CLIP_FPS)
-        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
-        for i in range(num_frames):
-            planes = [np.roll(ramp, shift)[None].repeat(SIDE, 0) for shift in (i, -i, 3 * i)]
-            pixels = np.stack([planes[0], planes[1].T, planes[2]], axis=-1).astype(np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def make_bench(policy: Policy, reference: Policy, size: tuple[int, int, int], num_videos: int, folder: Path) -> Bench:
-    p, c, g = size
-    write_clip(folder / "clip.mp4", 2 * ((p - 22) // 16))
-    cfg = GrpoConfig(
-        run=RunConfig(dir=str(folder / f"run_{p}_{c}_{g}"), tracker="none"),
-        model=ModelConfig(path=str(folder)),
-        data=DataConfig(batch_size=num_videos, micro_batch_size=1),
-        rollout=RolloutConfig(group_size=g, max_new_tokens=c, micro_batch_size=num_videos),
-        loss=LossConfig(beta=0.04),
-    )
-    prompt, _ = make_inputs(policy, p, c, g)
-    prompts = [
-        dataclasses.replace(prompt, sample=Sample(f"bench/{i}", "tvg", "", "", duration=60.0, segments=((1.0, 9.0),)))
-        for i in range(num_videos)
-    ]
-    run = Run(cfg.run.dir, "", 0, "none", resume=False, keep=1)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
-    return Bench(policy, reference, optimizer, prompts, folder / "clip.mp4", cfg, run)
+VIDEOS = {(4096, 256, 8): 4}  # in a step; 1 at other sizes
+PHASES = ("data", "generate", "decode", "reward", "reference", "update")
+PARTS = {  # of a phase, by the floors' names
+    "generate": ("vision", "prefill", "decode"),
+    "decode": ("decode",),
+    "reference": ("reference",),
+    "update": ("update", "optimizer"),
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one size: medians by way and phase ("step": all of it), and the largest difference of log-probs."""
+    """Of one size: medians by way and phase ("step": all of it), nan where memory ran out; floors; agreement."""
 
     token_ratio: float
+    num_tokens: int  # sampled in a step
+    num_calls: int  # of the decoder, one for a token of every row
     seconds: dict[str, dict[str, float]]
     mib: dict[str, dict[str, float]]
-    difference: float  # of log-probs; nan where sampled tokens differ
+    floors: dict[str, Floor]
+    speed: Speed
+    same_tokens: float  # share of greedy tokens
+    diff: float  # of log-probs of the same tokens, at most
 
     def ratio(self, phase: str, kind: str = "seconds") -> float:
         values = getattr(self, kind)
         return values["repeated"][phase] / values["ours"][phase]
 
+    def flops(self, phase: str) -> float:
+        return sum(self.floors[part].flops for part in PARTS[phase])
 
-def measure(bench: Bench, repeats: int) -> Result:
+    def floor(self, phase: str) -> float:
+        """Seconds; of the step, those of generate, reference and update: data and reward have none."""
+        if phase == "step":
+            return sum(self.floor(part) for part in ("generate", "reference", "update"))
+        return sum(self.floors[part].seconds(self.speed) for part in PARTS[phase])
+
+    def share(self, phase: str) -> float:
+        """FLOP/s of our way over those of a matrix product."""
+        return self.flops(phase) / self.seconds["ours"][phase] / self.speed.flops
+
+    def over_floor(self, phase: str) -> float:
+        return self.seconds["ours"][phase] / self.floor(phase)
+
+
+def take(name: str, bench: Bench, memory: bool = False) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
+    """One step of a way: what was measured of its phases and its output, None where a GPU's memory ran out."""
+    meter, start, output = Meter(memory), now(), None
+    try:
+        output = WAYS[name](bench, meter)
+        meter.found |= {} if memory else {"step": now() - start}
+    except torch.OutOfMemoryError:
+        bench.optimizer.zero_grad()
+    gc.collect()
+    return {phase: meter.found.get(phase, math.nan) for phase in (*PHASES, "step")}, output
+
+
+def agreement(bench: Bench, tokens_BT: Tensor) -> tuple[float, float]:
+    """Share of equal tokens under greedy sampling; largest difference of the log-probs of `tokens_BT`, once scored."""
+    policy, prompts, r = bench.policy.eval(), bench.read(), bench.cfg.rollout
+    try:
+        greedy = generate(
+            policy, prompts, policy.embed_each(prompts), r.group_size, r.max_new_tokens, len(prompts), seed=None
+        )
+        same = (greedy.tokens_BT == sample_repeated(bench, prompts, greedy=True)[0]).float().mean().item()
+        diffs = []
+        for prompt, tokens_GT in zip(prompts, tokens_BT.split(r.group_size), strict=True):
+            with torch.no_grad():
+                scored = [score(policy, prompt, tokens_GT.tolist(), runs) for runs in (0, r.group_size)]
+            diffs.append((scored[0] - scored[1]).abs().max().item())
+        return same, max(diffs)
+    except torch.OutOfMemoryError:
+        return math.nan, math.nan
+
+
+def measure(bench: Bench, speed: Speed, repeats: int) -> Result:
     """A warm-up of each way, a step of each for its memory, then timed steps by turns."""
-    outputs = {name: way(bench, Meter()) for name, way in WAYS.items()}
-    (tokens, logps), (their_tokens, their_logps) = outputs["ours"], outputs["repeated"]
-    difference = (logps - their_logps).abs().max().item() if torch.equal(tokens, their_tokens) else math.nan
-    del outputs, tokens, logps, their_tokens, their_logps
-    mib, rounds = {}, {name: [] for name in WAYS}
-    for name, way in WAYS.items():
-        meter = Meter(memory=True)
-        way(bench, meter)
-        mib[name] = meter.found
+    outputs = {name: take(name, bench)[1] for name in WAYS}
+    same, diff = agreement(bench, outputs["ours"][0]) if outputs["ours"] else (math.nan, math.nan)
+    del outputs
+    mib = {name: take(name, bench, memory=True)[0] for name in WAYS}
+    rounds: dict[str, list] = {name: [] for name in WAYS}
     for _ in range(repeats):
-        for name, way in WAYS.items():
-            meter, start = Meter(), now()
-            way(bench, meter)
-            rounds[name].append(meter.found | {"step": now() - start})
+        for name in WAYS:
+            rounds[name].append(take(name, bench)[0])
     seconds = {name: {key: median(row[key] for row in rows) for key in rows[0]} for name, rows in rounds.items()}
-    r, num_prompt = bench.cfg.rollout, len(bench.prompts[0].ids)
+    r, num_prompt, num = bench.cfg.rollout, len(bench.prompts[0].ids), len(bench.prompts)
     g, c = r.group_size, r.max_new_tokens
-    return Result(g * (num_prompt + c) / (num_prompt + g * c), seconds, mib, difference)
+    floors = step_floors(bench.policy, bench.cfg, bench.prompts[0], bench.policy.device.type)
+    token_ratio = g * (num_prompt + c) / (num_prompt + g * c)
+    return Result(token_ratio, num * g * c, c, seconds, mib, floors, speed, same, diff)
 
 
-def print_result(size: tuple[int, int, int], result: Result) -> None:
-    print(f"P = {size[0]}, C = {size[1]}, G = {size[2]}: token ratio {result.token_ratio:.2f}", end="")
-    print(f", largest difference of log-probs {result.difference:.1e}")
-    print(f"{'':10} {'ours s':>9} {'repeated':>9} {':1':>6} {'ours MiB':>9} {'repeated':>9} {':1':>6}")
+def print_result(size: tuple[int, int, int], num: int, result: Result) -> None:
+    print(f"P = {size[0]}, C = {size[1]}, G = {size[2]}, videos {num}: token ratio {result.token_ratio:.2f}", end="")
+    print(f"; greedy tokens equal {result.same_tokens:.1%}, log-probs to {result.diff:.1e}")
+    rates = [result.num_tokens / result.seconds[name]["step"] for name in WAYS]
+    print(f"sampled tokens per second of the step: ours {rates[0]:,.0f}, repeated {rates[1]:,.0f}")
+    print(f"{'':10} {'ours s':>9} {'repeated':>9} {':1':>6} {'GFLOP':>10} {'of matmul':>9} {'floor s':>9}", end="")
+    print(f" {'x floor':>8} {'ours MiB':>9} {'repeated':>9} {':1':>6}")
     for phase in (*PHASES, "step"):
         s = [result.seconds[name][phase] for name in WAYS]
         line = f"{phase:10} {s[0]:9.4f} {s[1]:9.4f} {result.ratio(phase):6.2f}"
+        if phase in PARTS:
+            line += f" {result.flops(phase) / 1e9:10.2f} {result.share(phase):9.1%}"
+        if phase in (*PARTS, "step"):
+            line += f"{'' if phase in PARTS else ' ' * 21} {result.floor(phase):9.5f} {result.over_floor(phase):8.2f}"
         if phase in ("generate", "update"):
             line += " {:9.1f} {:9.1f}".format(*(result.mib[name][phase] for name in WAYS))
             line += f" {result.ratio(phase, 'mib'):6.2f}"
         print(line)
-    print(flush=True)
+    token = [1e3 * x / result.num_calls for x in (result.seconds["ours"]["decode"], result.floor("decode"))]
+    print(f"decoding: {token[0]:.3f} ms for a token of every row, floor {token[1]:.3f} ms\n", flush=True)
 
 
 def draw(results: dict[tuple[int, int, int], Result], path: str) -> None:
@@ -302,10 +180,23 @@ def draw(results: dict[tuple[int, int, int], Result], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def last_line(result: Result) -> str:
+    """JSON, null where memory ran out."""
+    last = {f"{phase}_ratio": result.ratio(phase) for phase in ("step", "generate", "update")}
+    last |= {"memory_ratio": result.ratio("update", "mib"), "token_ratio": result.token_ratio}
+    last |= {"step_over_floor": result.over_floor("step"), "decode_over_floor": result.over_floor("decode")}
+    last |= {"update_share": result.share("update"), "same_tokens": result.same_tokens, "diff": result.diff}
+    last |= {"tokens_per_s": result.num_tokens / result.seconds["ours"]["step"]}
+    return json.dumps({name: float(f"{value:.4g}") if math.isfinite(value) else None for name, value in last.items()})
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = {"type": lambda text: tuple(map(int, text.split(","))), "metavar": "P,C,G"}
-    parser.add_argument("--sizes", nargs="+", default=SIZES, help="prompt and completion tokens, completions", **size)
+    parser.add_argument("--model", choices=tuple(SIZES), default="tiny")
+    parser.add_argument("--sizes", nargs="+", help="prompt and completion tokens, completions", **size)
+    parser.add_argument("--videos", type=int, help="in a step, at every size")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in both ways")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each way")
     parser.add_argument("--figure", help="write a PNG of the ratios")
     args = parser.parse_args(argv)
@@ -314,19 +205,23 @@ def main(argv: list[str] | None = None) -> None:
     commit = f"{env['commit']}{' and uncommitted changes' if env['diff'] else ''}"
     load = f"{os.getloadavg()[0]:.1f} processes running in the last minute"
     print(f"{env['devices'][0]}; {load}; torch {env['packages']['torch']}; commit {commit}")
-    print(f"tower frozen, reference model, AdamW; medians of {args.repeats}, by turns; :1 is repeated / ours\n")
+    speed = measure_speed(device, torch.bfloat16 if args.model == "3b" else torch.float32)
+    checkpoints = ", gradient checkpointing" if args.checkpointing else ""
+    print(f"matrix product {speed.flops / 1e12:.3g} TFLOP/s, copy {speed.bytes / 1e9:.3g} GB/s; model {args.model}")
+    print(
+        f"tower frozen, reference model, AdamW{checkpoints}; medians of {args.repeats}, by turns; :1 repeated / ours\n"
+    )
     results = {}
-    for sizes in args.sizes:
+    for sizes in args.sizes or SIZES[args.model]:
+        num = args.videos or VIDEOS.get(sizes, 1)
         with tempfile.TemporaryDirectory() as folder:
-            policy, reference = (make_policy(device, folder) for _ in range(2))
-            results[sizes] = measure(make_bench(policy, reference, sizes, 1, Path(folder)), args.repeats)
-        print_result(sizes, results[sizes])
+            bench = make_bench(args.model, device, sizes, num, args.checkpointing, Path(folder))
+            results[sizes] = measure(bench, speed, args.repeats)
+            del bench  # its models, before the next ones are made
+        print_result(sizes, num, results[sizes])
     if args.figure:
         draw(results, args.figure)
-    main_size = results.get(MAIN_SIZE) or results[args.sizes[-1]]
-    last = {f"{phase}_ratio": main_size.ratio(phase) for phase in ("step", "generate", "update")}
-    last |= {"memory_ratio": main_size.ratio("update", "mib"), "token_ratio": main_size.token_ratio}
-    print(json.dumps({name: round(value, 3) for name, value in last.items()} | {"diff": main_size.difference}))
+    print(last_line(results.get(MAIN_SIZE) or next(iter(results.values()))))
 
 
 if __name__ == "__main__":
