@@ -39,6 +39,7 @@ def environment() -> dict:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
+    packages["torch"] = torch.__version__  # with its build, as in 2.13.0+cpu
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": sys.argv,

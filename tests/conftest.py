@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 PROMPT = {"think": False, "system_plain": "", "tvg": "{question}", "mcqa": "{question}\n{options}"}
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what runs behind it
 MACHINE = ("time/", "memory/", "tokens_per_s")  # metrics that differ from run to run
 
 
