@@ -35,7 +35,8 @@ def read_samples(
 ) -> list[Sample]:
     """Read a `.jsonl` of records, a Temporal-R1 `.json`, or a `.yaml` list of data sets (Temporal-R1's form).
 
-    Relative paths in a YAML count from its folder; videos of a bare file are looked for beside it and in `videos/`.
+    Relative paths in a YAML count from its folder; videos of a bare file lie in `videos/` beside
+    it, where there is such a folder, else beside it.
     `out_of_clip` says what becomes of a segment that ends after its video: clamp, drop or error; `manifest` names the
     file of `python data.py check` whose bad records are dropped; counts are printed. Without `need_videos` it is not
     looked whether the videos are there. Without `chat` a chat record, which nothing can be scored by, is an error.
@@ -323,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("sources", nargs="+", metavar="DATA", help=".yaml, .jsonl, .json or a folder of videos")
     command.add_argument("--videos", metavar="DIR", help="folder of the videos, in place of where DATA says they are")
     command.add_argument("--manifest", metavar="OUT", help="JSON lines to write, one per record: data.manifest")
-    command.add_argument("--workers", type=int, default=min(8, len(os.sched_getaffinity(0))), help="processes")
+    command.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     command.add_argument("--timeout", type=float, default=120.0, help="seconds that one video may take")
     command.set_defaults(call=check)
     args = parser.parse_args(argv)

@@ -192,7 +192,7 @@ def run_demo(root: Path, seed: int) -> None:
     models = train_all(root, seed, watch)
     with watch("eval"):
         evaluate_all(root, models)
-    rows = {n: {c: round(float(np.mean(list(values(root, n, c).values()))), 2) for c in COLUMNS} for n in models}
+    rows = {n: {c: round(float(np.mean(list(values(root, n, c).values()))), 4) for c in COLUMNS} for n in models}
     result = {"rows": rows, "seconds": watch.seconds, "seed": seed, "paired": paired(root)}
     result |= {
         "seen": seen(root, models["sft"].parent),

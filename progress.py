@@ -1,23 +1,6 @@
 """What a GRPO run says of a step: its row of metrics.jsonl, its rows of samples.jsonl, warnings, completions to read.
 
-metrics.jsonl holds, per step:
-
-    reward/total, reward/<part>   means over all completions sampled; a part over those that have it
-    group/frac_mixed              groups whose rewards differ, the only ones with a gradient
-    group/frac_all_good, _all_bad of the others, those whose answers are all perfect, all worth nothing
-    group/refills, group/trained  rounds of further sampling; groups that the update ran on
-    loss                          mean over the updates; this and what follows only if a group was trained on
-    kl, entropy                   means over the completion tokens trained on, and over the updates
-    clip_frac                     likewise, of the last update: in a rollout's first one every ratio is 1
-    length/mean, length/max       completion tokens, EOS included; frac_truncated: without EOS
-    logp_gap/mean, logp_gap/max   |sampled - scored log-prob| per token: 0 but for rounding, or something is wrong
-    tokens/video, data/frames_cut means over the videos: tokens really used, frames that the token budget took away
-    data/num_replaced             samples that could not be read and were replaced by others, see loader.py
-    data/num_active               samples that training still uses: all, unless data.refilter_every drops some
-    update/num_skipped            updates of the step whose gradient was not finite: they moved nothing, on any process
-    time/<phase>                  seconds, on the main process: step, in it data, vision, rollout, reward and update;
-                                  data_wait is the part of data that waits for decoded frames and other processes
-    memory/<phase>                GiB held at the most: by tensors on CUDA, the resident set on a CPU where it is known
+README.md defines every metric.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The embedded default: synthetic clips with known events and a tiny Qwen-VL, written as ordinary files.
 
-It reads no data, trains nothing, and no other file imports it: the rest of the code reads its clips, JSONL
+It reads no data and trains nothing; what trains and evaluates does not import it, and reads its clips, JSONL
 records, data set YAMLs and Hugging Face model folder as it would read a real data set and checkpoint.
 Run `python tiny.py [--out tiny_world] [--seed 0] [--size full|small] [--family qwen2_5_vl|qwen2_vl]`.
 """

@@ -6,7 +6,7 @@
 
 By default: std-normalised group advantages, clipped surrogate, k3 KL in the loss, token mean over the step, one update
 per rollout (so the ratio is 1 and the loss is about 0 whatever the policy learns: watch the rewards, not the loss).
-The variants are values of the sections `loss` and `group`, see grpo.py; metrics are explained in progress.py.
+The variants are values of the sections `loss` and `group`, see grpo.py; metrics are defined in README.md.
 Letters: P prompts of this process, G completions each, B = P * G, T tokens, N groups of all processes.
 """
 

@@ -1,4 +1,6 @@
-"""The figure of the README: one row per video, and who sees whom in it. Writes shared_prefix.svg beside this file.
+"""The figure of the README: a video's part of a row, and who sees whom in it.
+
+Writes shared_prefix.svg beside this file.
 
     python docs/shared_prefix.py
 
@@ -23,7 +25,7 @@ STYLE = """
     .c0 { fill: #4d83c4 } .c1 { fill: #7d8590 } .c2 { fill: #d0802a } .c3 { fill: #3f9470 } .c4 { fill: #9d6bb5 }
   }"""
 NOTES = (
-    ("head", "One row per video"),
+    ("head", "A video's part of a row"),
     ("", "The prompt stands in it once, its G"),
     ("", "completions behind it, without padding."),
     ("", "P + G·C tokens in place of G·(P + C)."),

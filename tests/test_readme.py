@@ -33,6 +33,7 @@ CONFIGS = {"train_grpo": GrpoConfig, "train_sft": SftConfig, "select_data": Sele
 SHELL = {"[", "export"}  # lines that are for the shell alone
 OTHERS = {"vllm", "lmms_eval"}  # programs that are not ours
 USERS = {"a.yaml", "b.yaml", "file.py", "NAME.yaml", "lr_1e-3.yaml"}  # for the reader to write
+OF_A_RUN = ("$", "run.dir=", "data.cache_dir=", "data.manifest=", "--resume")  # what a plan does without
 RUN_FILES = {"config.yaml"}  # of a run folder
 
 
@@ -165,7 +166,7 @@ def test_a_training_command_can_be_planned(clone, words, monkeypatch, capsys):
     """With `--plan` in place of training: without weights, videos or a GPU. The records are made up."""
     monkeypatch.chdir(clone)
     script, arguments = script_of(words)
-    arguments = [word for word in arguments if not word.startswith(("$", "run.dir=", "data.cache_dir=", "--resume"))]
+    arguments = [word for word in arguments if not word.startswith(OF_A_RUN)]
     for key, there in {"data.train": "tiny_world/tvg_train.jsonl", "model.path": "tiny_world/model"}.items():
         arguments = [re.sub(f"{key}=runs/.*", f"{key}={there}", word) for word in arguments]  # earlier commands' files
     engine = [words[words.index("--config_file") + 1]] if words[0] == "accelerate" else []

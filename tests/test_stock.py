@@ -324,7 +324,8 @@ def test_of_a_hub_id_every_side_file_is_carried(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", FOLDERS)
 def test_transformers_still_puts_the_text_after_a_long_video_on_the_video(world, family):
     """From 5.3 on, text goes on after the video's larger side, however long it lasts (tests/golden/mrope.json has
-    what the checkpoints were trained with). When this fails, upstream has mended it: take the README's warning back."""
+    what the checkpoints were trained with). When this fails, upstream has mended it: take README.md's and docs/'s
+    warnings back."""
     model = AutoModelForImageTextToText.from_pretrained(world / FOLDERS[family]).model
     num_wrong = 0
     for case in (case for case in MROPE if case["family"] == family):
