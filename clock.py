@@ -58,12 +58,14 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         self._enter()
         start = time.perf_counter()
-        with self.phase(phase):
-            yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[f"time/{phase}"] += time.perf_counter() - start
-        self._leave(f"memory/{phase}")
+        try:
+            with self.phase(phase):
+                yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        finally:  # a video that cannot be read ends a phase, too
+            self.seconds[f"time/{phase}"] += time.perf_counter() - start
+            self._leave(f"memory/{phase}")
 
     def _enter(self) -> None:
         if self._knows_memory:

@@ -75,6 +75,11 @@ class Engine:
         )
         if self.accelerator.mixed_precision != "no":
             raise ValueError("mixed_precision in the accelerate file must be 'no': model.dtype says the precision")
+        steps = {self.accelerator.gradient_accumulation_steps}
+        if use_deepspeed():  # those of a DeepSpeed JSON are known to the plugin alone
+            steps.add(self.accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps", 1))
+        if steps - {1, "auto"}:
+            raise ValueError("gradient_accumulation_steps in the accelerate file must be 1: it would divide the loss")
         if use_deepspeed() and self.accelerator.state.deepspeed_plugin.zero3_init_flag:
             raise ValueError("zero3_init_flag in the accelerate file must be false: weights are sharded once loaded")
         if use_deepspeed():  # else transformers loads sharded weights under ZeRO-3, for evaluation too
@@ -82,6 +87,7 @@ class Engine:
         self._sharded = None  # DeepSpeed's engine of the trained model, under ZeRO-3
         self.watchdog = Watchdog(self.rank, self.world_size, timeout_s)
         self.skipped_in_a_row = 0  # updates whose gradient was not finite, up to now
+        self.not_finite: list[str] = []  # what was not, in the last of them
         self.accelerator.register_save_state_pre_hook(_without_wrapper)
         self.accelerator.register_load_state_pre_hook(self._unwrap_all)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("tvg", "mcqa", "gqa")
+PLACEHOLDERS = ("<|video_pad|>", "<|image_pad|>")  # of Qwen-VL's vision tokens
 CHAT = "chat"  # a response to imitate and no truth to score another one by: for supervised tuning alone
 FIELDS = (
     "id", "task", "video", "duration", "question", "options", "answer", "segments",
@@ -85,6 +86,10 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     if task == CHAT and not (record.get("response") or "").strip():
         raise BadRecord("response is missing: a chat record has nothing else to learn from")
     options, answer = _options(record) if task in ("mcqa", "gqa") else (None, None)
+    texts = [("question", record["question"]), ("response", record.get("response") or "")]
+    for key, text in [*texts, *(("options", option) for option in options or ())]:
+        if any(placeholder in text for placeholder in PLACEHOLDERS):
+            raise BadRecord(f"{key}: {text[:40]!r} holds a placeholder of the model's vision tokens")
     segments, outside = _segments(record, duration) if task in ("tvg", "gqa") else (None, False)
     sample = Sample(
         id=record["id"],

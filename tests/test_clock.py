@@ -41,6 +41,20 @@ def test_a_phase_keeps_its_peak_when_one_within_it_begins_anew():
 
 
 @HERE
+def test_a_phase_that_fails_is_over_as_well():
+    """A video that cannot be read ends one; what is around it keeps its peak, and the seconds count."""
+    clock, mib = Clock(), 2**20 / clock_module.GIB
+    with clock("data"):
+        np.ones(2**25)  # 256 MiB
+        for _ in range(3):
+            with pytest.raises(ValueError), clock("data_wait"):
+                raise ValueError
+    found = clock.read()
+    assert 0 < found["time/data_wait"] < found["time/data"]
+    assert found["memory/data"] - found["memory/data_wait"] == pytest.approx(256 * mib, abs=16 * mib)
+
+
+@HERE
 def test_the_peak_starts_again():
     before = restart_peak()
     np.ones(2**24)

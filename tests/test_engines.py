@@ -37,7 +37,7 @@ def launched(name: str, folder, world, taught) -> dict:
     launcher = ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     launcher = [*launcher, f"configs/accelerate/{ENGINES[name]}"] if name in ENGINES else []
     command = [sys.executable, *launcher, "tests/engine_worker.py", name, str(folder), str(world), *taught]
-    env = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=LIMIT_S)
     assert result.returncode == 0, result.stderr[-3000:]
     return torch.load(folder / "results.pt", weights_only=False)

@@ -67,6 +67,8 @@ def commands_of(text: str) -> list[list[str]]:
     found = []
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # a variable for this command
+            words = words[1:]
         inner = [words[i + 2] for i in range(len(words) - 2) if words[i : i + 2] == ["bash", "-c"]]
         found += commands_of(inner[0]) if inner else [words] if words else []
     return found

@@ -18,15 +18,16 @@ import run as run_module
 import train_grpo
 from checkpoint import write_list
 from config import RunConfig
-from engine import check_batch
+from engine import Engine, check_batch
 from environment import environment
 from run import Run, user_errors
 
 YAML = "run:\n  seed: 0\n  steps: 4\nloss:\n  beta: 0.1\n"
 
 
-def open_run(path, text: str = YAML, resume: bool = False, keep: int = 2) -> Run:
-    return Run(RunConfig(dir=str(path), steps=4, keep_checkpoints=keep, tracker="none"), text, resume)
+def open_run(path, text: str = YAML, resume: bool = False, keep: int = 2, max_skipped: int = 5) -> Run:
+    cfg = RunConfig(dir=str(path), steps=4, keep_checkpoints=keep, max_skipped=max_skipped, tracker="none")
+    return Run(cfg, text, resume)
 
 
 def prepared(run: Run) -> tuple[torch.nn.Module, object]:
@@ -317,6 +318,9 @@ def test_updates_that_are_skipped_in_a_row_end_the_run(tmp_path):
     run.log(7, {"grad_norm": math.nan, "loss": -math.inf, "lr": 0.1})
     assert run.rows("metrics.jsonl") == [{"step": 7, "lr": 0.1}]
     run.save_checkpoint(7, {})
+    stricter = open_run(tmp_path / "a", resume=True, max_skipped=4)
+    with pytest.raises(SystemExit, match="error: 4 updates in a row"):  # though none was taken since it resumed
+        stricter.check_finite(8, lambda: rows)
     again = open_run(tmp_path / "a", resume=True)
     model, optimizer = prepared(again)
     again.engine.backward(model, [torch.ones(1, 2)], lambda x: model(x).sum() * torch.nan)
@@ -404,6 +408,13 @@ def test_a_run_that_failed_before_its_first_step_does_not_block_the_next(tmp_pat
 
 
 # ---- the rest ------------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_by_the_launcher_is_refused(tmp_path, monkeypatch):
+    """Micro-batches are ours: accelerate would divide the gradient once more."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    with pytest.raises(ValueError, match="gradient_accumulation_steps in the accelerate file must be 1"):
+        Engine(tmp_path, "none", timeout_s=60)
 
 
 def test_an_indivisible_batch_is_an_error():
