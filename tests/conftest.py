@@ -23,6 +23,7 @@ REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 PROMPT = {"think": False, "system_plain": "", "tvg": "{question}", "mcqa": "{question}\n{options}"}
 
+torch.set_num_threads(1)  # with more, sums may be taken in another order on a busy machine: not the same last bits
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what runs behind it
 MACHINE = ("time/", "memory/", "tokens_per_s")  # metrics that differ from run to run
 
