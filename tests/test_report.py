@@ -23,7 +23,6 @@ from metrics import paired_interval
 from report import csp_hash, task_table
 from rewards import parse_answer
 from samples import Visit, choose, cut, frames_of, pieces, read_rows, view
-from timelines import completions_text, draw_timelines
 
 
 class Page(HTMLParser):
@@ -407,30 +406,3 @@ def test_what_is_no_run_is_one_line(tmp_path):
         with pytest.raises(SystemExit, match=message) as error:
             report.main([str(path)])
         assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-# ---- what TensorBoard shows ------------------------------------------------------------------------------------------
-
-
-def test_time_lines_are_where_the_segments_are():
-    rows = [
-        sample_row(id="cost $5$"),
-        sample_row(task="mcqa", segments=None),
-        *(sample_row(id=str(i)) for i in range(20)),
-    ]
-    figure = draw_timelines(rows, 8)
-    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == [r"cost \$5\$, step 1", "0, step 1"] and len(
-        figure.axes
-    ) == 8
-    bars = [collection.get_paths()[0].get_extents() for collection in figure.axes[0].collections]
-    assert [(bar.x0, bar.x1) for bar in bars] == [(5, 15), (5, 15), (0, 4)] and figure.axes[0].get_xlim() == (0, 20)
-    figure.canvas.draw()
-    assert draw_timelines([sample_row(segments=None)]) is None
-
-
-def test_completions_are_code_in_markdown():
-    rows = [sample_row(completions=["# head\n</code><b>", ""]), sample_row(), sample_row()]
-    lines = completions_text(rows).splitlines()
-    written_by_us = [line for line in lines if line and not line.startswith("    ")]
-    assert written_by_us == ["step 1", "reward 1.00", "reward 0.50"] * 2
-    assert "    # head" in lines and "    </code><b>" in lines and "    a: When?" in lines
