@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from loader import NUM_LISTED
+from pretrained import weights_hash
 from records import Sample
 from run import config_differences
 
@@ -113,6 +114,14 @@ def origin(path: Path, config_yaml: str, allowed: Sequence[str]) -> dict[str, An
         )
     made, env = yaml.safe_load(beside.read_text()), path.parent / "env.json"
     known = json.loads(env.read_text()) if env.is_file() else {}
+    then, model = known.get("weights"), yaml.safe_load(config_yaml)["model"]["path"]
+    if then and made["model"]["path"] == model and not {"model", "model.path"} & set(allowed):
+        now = weights_hash(model)
+        if now and now != then:
+            raise ValueError(
+                f"{path} was made with other weights than {model} has now: give another run.dir (there, with "
+                f"select.scores={path}, select.allow=[model.path] takes it all the same)"
+            )
     return {section: made.get(section) for section in MADE_WITH} | {
-        key: known.get(key) for key in ("packages", "commit")
+        key: known.get(key) for key in ("weights", "packages", "commit")
     }

@@ -14,10 +14,10 @@ It trains nothing; the rules are in selection.py. K is rollout.group_size. Into 
     histogram.png, summary.json
 
 The same command goes on where it was killed. Once scores.jsonl is there, it applies the rule and samples nothing, so
-any key of the section select may be changed; a change of another one is an error. select.scores names other scores: a
-scores.jsonl of the same model, video, prompt, rollout and rewards, but for the keys in select.allow; or a file of rows
-with `id` and `rewards`, or `id` and `extra.difficulty` (a reward in percent, as Time-R1 publishes), whose origin
-nobody knows. Videos are not looked at then.
+any key of the section select may be changed; a change of another one, or of the model's weights, is an error.
+select.scores names other scores: a scores.jsonl of the same model, video, prompt, rollout and rewards, but for the keys
+in select.allow; or a file of rows with `id` and `rewards`, or `id` and `extra.difficulty` (a reward in percent, as
+Time-R1 publishes), whose origin nobody knows. Neither model nor videos are looked at then.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 import config
@@ -38,7 +39,7 @@ from data import read_samples
 from environment import code_hash, environment
 from loader import NUM_LISTED, make_workers, read_ahead
 from policy import Policy
-from pretrained import load_policy
+from pretrained import load_policy, weights_hash
 from prompts import Prompt, PromptBuilder, make_builder
 from records import Sample, to_record
 from reward_functions import RewardFunction, load_functions, score_all
@@ -75,8 +76,9 @@ class SelectRun(Run):
             raise FileExistsError(f"run.dir {self.dir} exists and is not of a selection; give another run.dir")
         self._lock()
         write_text(path, config_yaml)
-        if not (self.dir / "env.json").is_file():
-            write_text(self.dir / "env.json", json.dumps(environment(), indent=2) + "\n")
+        if not any(self.dir.glob("scores*.jsonl")):
+            made_with = environment() | {"weights": weights_hash(yaml.safe_load(config_yaml)["model"]["path"])}
+            write_text(self.dir / "env.json", json.dumps(made_with, indent=2) + "\n")
 
 
 def score_batches(

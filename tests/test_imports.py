@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "train_sft": CORE - {"rollout", "reward_functions", "grpo"} | {"eval", "plan"},
     "select_data": CORE | {"batches", "environment", "scores", "selection", "video", "workers"},
     "batches": {"records", "run"},
-    "scores": {"loader", "records", "run"},
+    "scores": {"loader", "pretrained", "records", "run"},
     "selection": {"grpo"},
     "eval": CORE - {"grpo"} | {"environment", "video", "workers", "batches", "metrics", "compare", "plain"},
     "metrics": {"plain", "rewards"},

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, SHARED, make_cfg, metrics_of, read_jsonl, weights_of, write_data
+from safetensors.torch import load_file, save_file
 
 import config
 import select_data
@@ -327,6 +329,27 @@ def test_named_scores_are_refused_or_allowed_by_key(whole, model, train, tmp_pat
     assert "rewards.overlap" in message and "video.fps" not in message
     select_data.main(arguments(tmp_path, model, train, *elsewhere, "select.allow=[video,rewards.overlap]"))
     assert (tmp_path / "other" / "selected.jsonl").read_bytes() == (tmp_path / "run" / "selected.jsonl").read_bytes()
+
+
+def test_scores_of_other_weights_under_the_same_name_are_refused(sft_run, train, tmp_path):
+    """Every sixteenth tensor changed a little; without the folder, nothing contradicts the scores."""
+    folder = tmp_path / "model"
+    shutil.copytree(sft_run / "final", folder)
+    argv = arguments(tmp_path, f"model.path={folder}", train, "rollout.group_size=2", "select.rule=random")
+    select_data.main([*argv, "select.budget=4"])
+    before = files_of(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    for name in sorted(weights)[::16]:
+        weights[name] = weights[name] + 1e-4
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    message = fails([*argv, "select.budget=4"])
+    assert f"scores.jsonl was made with other weights than {folder} has now" in message
+    named = [f"select.scores={tmp_path}/run/scores.jsonl", f"run.dir={tmp_path}/other", "select.budget=4"]
+    assert "other weights" in fails([*argv, *named])
+    select_data.main([*argv, *named, "select.allow=[model.path]"])
+    shutil.rmtree(folder)
+    select_data.main([*argv, "select.budget=4"])
+    assert files_of(tmp_path) == before
 
 
 def files_of_selected(folder):
