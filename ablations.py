@@ -6,8 +6,9 @@
 
 An arm is a file of configs/ablations on top of its parents (first line), trained from the base of its seed and tested
 with its final weights. An arm that two questions share runs once, and what stands finished in --dir is not run again;
-<arm>/seed_<n>/ has the training run/, the tests test/ and ood/, and a log of each. Writes results.json and a figure of
-every question, prints the tables. `load_results` and `plot` are for notebooks. Nothing is chosen by what comes out.
+<arm>/seed_<n>/ has the training run/, the tests test/ and ood/, and a log of each. Writes results.json, differences.png
+and a figure of every question, prints the tables. `load_results`, `plot`, `draw` and `draw_differences` are for
+notebooks. Nothing is chosen by what comes out.
 
 Intervals are bootstrap 95% intervals over seeds and questions (seeds.py); of three seeds any interval tells the spread
 only roughly, so tables and figures show it beside the seeds themselves.
@@ -71,6 +72,7 @@ class Row:
     arm: str
     against: tuple[str, ...] = ()  # labels of rows that the difference is taken to
     answer: str = "plain"
+    column: str = ""  # that it is about, where it is not the question's first
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ QUESTIONS = {
             "format, IoU": Row("gqa_iou", ("format",)),
             "format, option, IoU": Row("gqa", ("format, option", "format, IoU")),
             "grounding: IoU": Row("grpo"),
-            "grounding: IoU >= 0.5": Row("threshold", ("grounding: IoU",)),
+            "grounding: IoU >= 0.5": Row("threshold", ("grounding: IoU",), column="tvg/miou"),
         },
     ),
     "sft": Question(
@@ -251,6 +253,7 @@ def summarise(question: Question, root: Path, of_seeds: Sequence[int]) -> dict[s
         label: {
             "arm": question.rows[label].arm,
             "answer": question.rows[label].answer,
+            "column": question.rows[label].column,
             "values": seeds.statistics(by_seed),
             "minus": {
                 other: seeds.differences(by_seed, found[other])
@@ -277,20 +280,25 @@ def plot(question: str, results: dict[str, Any], ax: Axes, column: str = "") -> 
     seeds.dots(found["rows"], column, COLUMNS[column][3], ax)
 
 
-def draw(question: str, results: dict[str, Any], path: Path) -> None:
-    """The figure of a question: all its columns side by side."""
+def draw(question: str, results: dict[str, Any]) -> Figure:
+    """A question's rows in all its columns, side by side."""
     found = results["questions"][question]
-    num, rows = len(found["columns"]), len(found["rows"])
-    figure = Figure(figsize=(2.5 + 2.6 * num, 1.6 + 0.42 * rows), layout="constrained")
-    axes = figure.subplots(1, num, sharey=True, squeeze=False)[0]
-    for ax, column in zip(axes, found["columns"]):
-        plot(question, results, ax, column)
-    handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1]))
-    figure.legend(handles.values(), handles, loc="outside lower right", ncols=3, fontsize="small")
+    figure = seeds.dots_figure(found["rows"], {column: COLUMNS[column][3] for column in found["columns"]})
+    return titled(figure, found["title"], results)
+
+
+def draw_differences(results: dict[str, Any]) -> Figure:
+    """All questions' paired differences, in the first column of each or the one that a row is about."""
+    found = results["questions"].values()
+    panels = [(f"{q['title']} (points of {q['columns'][0]})", q["rows"], q["columns"][0]) for q in found]
+    title = "Paired differences, 95% intervals (coloured: without 0; tick: a seed)"
+    return titled(seeds.forest_figure(panels), title, results)
+
+
+def titled(figure: Figure, title: str, results: dict[str, Any]) -> Figure:
     note = "  (--quick: these numbers say nothing)" if results["quick"] else ""
-    drawn = ", ".join(f"seed {seed}" for seed in results["seeds"])
-    figure.suptitle(f"{found['title']}: {drawn}{note}", fontsize="medium")
-    figure.savefig(path, dpi=120)
+    figure.suptitle(f"{title}: seeds {', '.join(map(str, results['seeds']))}{note}", fontsize="medium")
+    return figure
 
 
 def lines_of(question: dict[str, Any]) -> list[str]:
@@ -336,8 +344,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     (root / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name in args.questions:
         if results["questions"][name]["rows"]:
-            draw(name, results, root / f"{name}.png")
+            draw(name, results).savefig(root / f"{name}.png", dpi=120)
             print("\n".join(lines_of(results["questions"][name])))
+    draw_differences(results).savefig(root / "differences.png", dpi=120)
     print(f"\nresults.json and the figures are in {root}")
     if args.quick:
         print("--quick: every step was taken, and the numbers say nothing")

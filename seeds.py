@@ -1,4 +1,4 @@
-"""Results over seeds: means, intervals over seeds and questions, paired differences, a table, a figure. Nothing to run.
+"""Results over seeds: means, intervals over seeds and questions, paired differences, a table, figures. Nothing to run.
 
 It trains and scores nothing: `Values` in, numbers out. Used by ablations.py.
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from metrics import NUM_RESAMPLES
 
@@ -91,3 +92,52 @@ def dots(rows: Mapping[str, Mapping[str, Any]], column: str, name: str, ax: Axes
         ax.plot(cell["mean"], place, "D", color="tab:blue", markersize=6, label="mean")
     ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlabel=f"{name} (%)")
     ax.grid(axis="x", alpha=0.3)
+
+
+def dots_figure(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> Figure:
+    """`dots` of several columns, given with their names, side by side."""
+    figure = Figure(figsize=(2.5 + 2.6 * len(columns), 1.6 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for ax, (column, name) in zip(axes, columns.items()):
+        dots(rows, column, name, ax)
+    handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1]))
+    figure.legend(handles.values(), handles, loc="outside lower right", ncols=3, fontsize="small")
+    return figure
+
+
+def forest(rows: Mapping[str, Mapping[str, Any]], column: str, ax: Axes) -> None:
+    """One line per difference, the first on top: a tick per seed, the mean, its 95% interval, both as numbers.
+
+    A row that names a `column` of its own is shown in that one.
+    """
+    shown = []
+    for label, row in rows.items():
+        own = row["column"]
+        shown += [
+            (f"{label} minus {other}" + (f" ({own})" if own else ""), difference[own or column])
+            for other, difference in row["minus"].items()
+        ]
+    for place, (_, cell) in enumerate(shown):
+        (low, high), means = cell["ci95"], list(cell["seeds"].values())
+        colour = "tab:gray" if low <= 0 <= high else "tab:green" if low > 0 else "tab:red"
+        ax.plot([low, high], [place, place], color=colour, linewidth=5, alpha=0.5, solid_capstyle="butt")
+        ax.plot(means, [place] * len(means), "|", color="black", markersize=7, alpha=0.6)
+        ax.plot(cell["mean"], place, "D", color=colour, markersize=5)
+        text = f"{cell['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        ax.text(1.01, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize="small")
+    ax.set(yticks=range(len(shown)), yticklabels=[label for label, _ in shown], ylim=(len(shown) - 0.5, -0.5))
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.grid(axis="x", alpha=0.3)
+
+
+def forest_figure(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], str]]) -> Figure:
+    """`forest` of several (title, rows, column) above each other, on one scale; those without a difference left out."""
+    nums = [sum(len(row["minus"]) for row in rows.values()) for _, rows, _ in panels]
+    panels, nums = [panel for panel, num in zip(panels, nums) if num], [num for num in nums if num]
+    figure = Figure(figsize=(10, 1 + 0.4 * len(nums) + 0.22 * sum(nums)), layout="constrained")
+    if panels:
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=nums)[:, 0]
+        for ax, (title, rows, column) in zip(axes, panels):
+            forest(rows, column, ax)
+            ax.set_title(title, loc="right", fontsize="small", fontweight="bold")
+    return figure

@@ -247,9 +247,10 @@ def test_tables_and_figures_of_what_there_is(tmp_path):
     for arm, seed, right in (("grpo", 0, 2), ("grpo", 1, 3), ("group_2", 0, 3)):
         write_test(tmp_path, arm, seed, right)
     rows = {"G = 8": Row("grpo"), "G = 2": Row("group_2", ("G = 8",)), "G = 4": Row("group_4", ("G = 8",))}
+    rows["plain words"] = Row("grpo", ("G = 2",), column="tvg/parse_fail")
     question = Question("Title", ("tvg/miou", "mcqa/accuracy"), rows)
     entry = ablations.summarise(question, tmp_path, [0, 1])
-    assert list(entry["rows"]) == ["G = 8", "G = 2"]
+    assert list(entry["rows"]) == ["G = 8", "G = 2", "plain words"]
     cell = entry["rows"]["G = 8"]["values"]["tvg/miou"]
     assert (cell["mean"], cell["seeds"]) == (62.5, {"0": 50.0, "1": 75.0})
     minus = entry["rows"]["G = 2"]["minus"]["G = 8"]["tvg/miou"]
@@ -260,11 +261,22 @@ def test_tables_and_figures_of_what_there_is(tmp_path):
     text = "\n".join(ablations.lines_of(results["questions"]["group"]))
     assert "| G = 8 | 62.5 ± 17.7 | 100.0 ± 0.0 |" in text and "| (G = 2) - (G = 8) | +25.0 [" in text
     assert "* G = 8: 2 steps, 1k tokens sampled, reward 0.625 and 7.5 tokens an answer" in text
-    ablations.draw("group", results, tmp_path / "group.png")
-    assert (tmp_path / "group.png").stat().st_size > 5000
+    figure = ablations.draw("group", results)
+    assert [len(ax.get_yticks()) for ax in figure.axes] == [3, 3] and "seeds 0, 1" in figure.get_suptitle()
     ax = Figure().subplots()
     ablations.plot("group", results, ax)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["G = 8", "G = 2"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["G = 8", "G = 2", "plain words"]
+    (ax,) = ablations.draw_differences(results).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "G = 2 minus G = 8",
+        "plain words minus G = 2 (tvg/parse_fail)",
+    ]
+    texts = [text.get_text() for text in ax.texts]
+    assert texts[0].startswith("+25.0 [") and texts[1].startswith("+0.0 [")
+
+
+def test_a_figure_of_no_difference_is_empty():
+    assert seeds.forest_figure([("Title", {"a": {"column": "", "minus": {}}}, "x")]).axes == []
 
 
 def test_a_failed_run_is_reported_and_the_rest_is_shown(tmp_path, monkeypatch, capsys):
@@ -288,6 +300,7 @@ def test_quick_goes_from_end_to_end_and_not_twice(tmp_path):
     for name, question in QUESTIONS.items():
         assert list(results["questions"][name]["rows"]) == list(question.rows)
         assert (tmp_path / "quick" / f"{name}.png").is_file()
+    assert (tmp_path / "quick" / "differences.png").is_file()
     shorter, longer = (metrics_of(arms.folder(tmp_path / "quick", arm, 0)) for arm in ("selected_tokens", "selected"))
     assert shorter == longer[: len(shorter)], "the first steps of the same training"
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "quick").rglob(jobs.MARKER)}

@@ -135,12 +135,13 @@ def test_ablations_with_results(run, sft_run, tmp_path):
     for arm, seed, right in (("grpo", 0, 2), ("grpo", 1, 3), ("beta_0.04", 0, 3), ("beta_0.04", 1, 1)):
         write_test(root, arm, seed, right)
     entry = ablations.summarise(ablations.QUESTIONS["group"], root, [0, 1])
-    (root / "results.json").write_text(json.dumps({"seeds": [0, 1], "quick": False, "questions": {"group": entry}}))
+    results = {"seeds": [0, 1], "quick": False, "commits": ["abc"], "questions": {"group": entry}}
+    (root / "results.json").write_text(json.dumps(results))
     parameters = f"RESULTS = [Path('nowhere'), Path({str(root)!r})]\n"
     parameters += f"BASE, NUM_VIDEOS, STEPS = Path({str(sft_run / 'final')!r}), 4, 3"
     notebook = run("ablations", parameters, "assert base == BASE and results['seeds'] == [0, 1]", REPO)
     text = "\n".join(texts_of(notebook))
-    assert pictures(notebook) == 3  # the question, curves, live curves
+    assert pictures(notebook) == 4  # differences, the question, curves, live curves
     assert "| G = 8, no KL | 62.5 ± 17.7 |" in text and "| KL 0.04 | 50.0 ± 35.4 |" in text
 
 
