@@ -99,33 +99,33 @@ class Arm:
     needs: tuple[str, ...] = ()  # further arms it is made from
     extra: Callable[[Path, int], list[str]] = no_extra  # overrides, known when those are finished
     answers: tuple[str, ...] = ("plain",)  # of ANSWERS; none: not tested
-    seconds: float = 85.0  # expected of the run, on one thread
+    seconds: float = 110.0  # expected of the run, on one thread
 
 
 BOTH = ("plain", "think")
 ARMS = {
-    "base": Arm("../tiny_base.yaml", start="", seconds=240),
+    "base": Arm("../tiny_base.yaml", start="", seconds=400),
     "grpo": Arm("grpo.yaml"),
-    "select": Arm("select.yaml", answers=(), seconds=30),
-    "select_random": Arm("select_random.yaml", needs=("select",), extra=same_size, answers=(), seconds=8),
+    "select": Arm("select.yaml", answers=(), seconds=25),
+    "select_random": Arm("select_random.yaml", needs=("select",), extra=same_size, answers=(), seconds=7),
     "selected": Arm("grpo.yaml", needs=("select",), extra=kept),
     "random": Arm("grpo.yaml", needs=("select_random",), extra=partial(kept, arm="select_random")),
     "rejected": Arm("grpo.yaml", needs=("select",), extra=rejected),
-    "selected_tokens": Arm("grpo.yaml", needs=("grpo", "selected"), extra=same_tokens, seconds=55),
-    "both": Arm("both.yaml", extra=both_modes, answers=BOTH, seconds=110),
+    "selected_tokens": Arm("grpo.yaml", needs=("grpo", "selected"), extra=same_tokens, seconds=70),
+    "both": Arm("both.yaml", extra=both_modes, answers=BOTH, seconds=160),
     "plain": Arm("grpo.yaml", start="both", answers=BOTH),
-    "think": Arm("think.yaml", start="both", answers=BOTH, seconds=125),
-    "gqa": Arm("gqa.yaml", seconds=95),
+    "think": Arm("think.yaml", start="both", answers=BOTH, seconds=155),
+    "gqa": Arm("gqa.yaml", seconds=115),
     "gqa_answer": Arm("gqa_answer.yaml", seconds=95),
-    "gqa_iou": Arm("gqa_iou.yaml", seconds=95),
-    "gqa_format": Arm("gqa_format.yaml", seconds=95),
-    "threshold": Arm("threshold.yaml"),
-    "sft_1e-4": Arm("sft_1e-4.yaml", seconds=30),
-    "sft_3e-4": Arm("sft_3e-4.yaml", seconds=30),
-    "sft": Arm("sft.yaml", seconds=30),
-    "group_2": Arm("group_2.yaml", seconds=170),
-    "group_4": Arm("group_4.yaml", seconds=105),
-    "group_16": Arm("group_16.yaml", seconds=65),
+    "gqa_iou": Arm("gqa_iou.yaml", seconds=105),
+    "gqa_format": Arm("gqa_format.yaml", seconds=60),
+    "threshold": Arm("threshold.yaml", seconds=75),
+    "sft_1e-4": Arm("sft_1e-4.yaml", seconds=40),
+    "sft_3e-4": Arm("sft_3e-4.yaml", seconds=40),
+    "sft": Arm("sft.yaml", seconds=40),
+    "group_2": Arm("group_2.yaml", seconds=180),
+    "group_4": Arm("group_4.yaml", seconds=110),
+    "group_16": Arm("group_16.yaml", seconds=60),
     "beta_0.01": Arm("beta_0.01.yaml", seconds=95),
     "beta_0.04": Arm("beta_0.04.yaml", seconds=95),
 }
