@@ -18,6 +18,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from checkpoint import identity
 from config import ModelConfig
 from policy import FAMILIES, Policy
 
@@ -88,19 +89,11 @@ def _side_files(full: str) -> list[Path]:
 def weights_hash(path: str) -> str:
     """A hash of the weight files of a model folder and of what an adapter adds to; "" where there are none (hub ids).
 
-    Reads 1,000 pieces of each file: other weights of one shape are seen at once, without loading a model.
+    No model is loaded for it; policy.fingerprint is for one that is.
     """
-    digest = hashlib.sha256()
-    folders = [Path(folder) for folder in (_layers(path) if Path(path).is_dir() else ())]
-    files = [file for folder in folders for file in sorted(folder.glob("*")) if file.name.endswith(WEIGHT_FILES[:4])]
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with open(file, "rb") as content:
-            for start in range(0, size, max(64, size // 1000)):
-                content.seek(start)
-                digest.update(content.read(64))
-    return digest.hexdigest()[:12] if files else ""
+    folders = _layers(path) if Path(path).is_dir() else []
+    files = [file for folder in folders for file in sorted(Path(folder).iterdir()) if file.name.endswith(WEIGHT_FILES)]
+    return hashlib.sha256("".join(map(identity, files)).encode()).hexdigest()[:12] if files else ""
 
 
 def _merged(model, folder: str):

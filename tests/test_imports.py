@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "cache": set(),
     "attention": set(),
     "policy": {"attention", "config", "prompts"},
-    "pretrained": {"config", "policy"},
+    "pretrained": {"checkpoint", "config", "policy"},
     "rollout": {"attention", "config", "prompts", "policy", "grpo"},
     "jobs": set(),
     "seeds": {"metrics"},

@@ -17,7 +17,7 @@ import ablations
 FILES = sorted((REPO / "notebooks").glob("*.ipynb"))
 OURS = {path.stem for path in REPO.glob("*.py")}
 MACHINE_PATH = re.compile(r"(?<![\w.<])/(?:tmp|home|root|work|mnt|data|opt|usr|var|private|Users)/|[A-Z]:\\\\")
-MAX_OUTPUT, MAX_FILE = 200_000, 700_000  # bytes
+MAX_OUTPUT, MAX_FILE = 200_000, 600_000  # bytes
 
 execute = runpy.run_path(str(REPO / "notebooks" / "store.py"))["execute"]
 
