@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from test_rewards import config, sample, thought
+from reward_samples import config, sample, thought
 
 import rewards
 from config import GrpoConfig, load

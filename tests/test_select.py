@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import REPO, SHARED, make_cfg, metrics_of, read_jsonl, weights_of, write_data
+from conftest import REPO, SHARED, make_cfg, read_jsonl, write_data
 from safetensors.torch import load_file, save_file
 
 import config
@@ -507,78 +506,6 @@ def test_a_folder_of_something_else_is_left_alone(train, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-# ---- training on it ------------------------------------------------------------------------------------------------
-
-
-def test_a_selection_is_trained_on_from_easy_to_hard(whole, world, taught, tmp_path):
-    data = (f"data.train={whole}/run/selected.jsonl", "data.order=curriculum", "run.steps=1", "data.batch_size=3")
-    train_grpo.train(make_cfg(world, tmp_path, *taught, *data))
-    means = {row["id"]: row["extra"]["reward_mean"] for row in read_jsonl(whole / "run" / "selected.jsonl")}
-    seen = [means[row["id"]] for row in read_jsonl(tmp_path / "run" / "samples.jsonl")]
-    assert seen == sorted(means.values(), reverse=True)[:3]
-
-
-def test_a_curriculum_needs_statistics(world, tmp_path):
-    with pytest.raises(SystemExit) as raised:
-        train_grpo.train(make_cfg(world, tmp_path, "data.order=curriculum"))
-    assert str(raised.value).startswith("error: data.order=curriculum: record 'tiny/tvg_train/0' has no number extra.")
-
-
-def refilter_cfg(world, taught, folder, *overrides):
-    """16 clips, one of them broken, four a step; dead groups are dropped after every epoch, first before step 5."""
-    train = folder / "data" / "data.jsonl"
-    if not train.exists():
-        write_data(world, folder / "data", 16, {4: b""})
-    data = (f"data.train={train}", "data.batch_size=4", "data.refilter_every=1", "data.max_bad_share=0.5")
-    dead = ("group.tolerance=0.15", "group.max_refills=1", "loss.beta=0.1")
-    return make_cfg(world, folder, *taught, *data, *dead, *overrides)
-
-
-def test_training_with_refilter_resumes_bit_for_bit(world, taught, tmp_path):
-    """Stopped in the middle of an epoch, and before the very step that drops."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    save = ("run.save_every=1", "run.keep_checkpoints=1")
-    train_grpo.train(refilter_cfg(world, taught, tmp_path, f"run.dir={whole}", *save, "run.steps=7"))
-    for steps in (2, 4, 7):
-        cfg = refilter_cfg(world, taught, tmp_path, f"run.dir={parts}", *save, f"run.steps={steps}")
-        train_grpo.train(cfg, resume=steps > 2)
-    assert metrics_of(parts) == metrics_of(whole)
-    rows = read_jsonl(whole / "samples.jsonl")
-    assert read_jsonl(parts / "samples.jsonl") == rows
-    state = [(run / "checkpoints" / "step_000007" / "run.json").read_bytes() for run in (parts, whole)]
-    ours, theirs = weights_of(parts), weights_of(whole)
-    assert state[0] == state[1] and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-    alive = {row["id"]: bool(np.std(row["rewards"], ddof=1) > 0.15) for row in rows if row["step"] <= 4}  # the last
-    dead, active = {name for name in alive if not alive[name]}, [row["data/num_active"] for row in metrics_of(whole)]
-    assert 0 < len(dead) <= 8 and active[:5] == [16, 16, 16, 16, 16 - len(dead)]
-    assert not {row["id"] for row in rows if row["step"] > 4} & dead
-    assert set(json.loads(state[0])["state"]["order"]["dropped"]) >= dead
-
-
-@pytest.mark.slow
-def test_two_processes_refilter_as_one(world, taught, tmp_path):
-    for processes in (1, 2):
-        cfg = refilter_cfg(world, taught, tmp_path, f"run.dir={tmp_path}/run{processes}", "run.steps=6")
-        path = tmp_path / f"{processes}.yaml"
-        path.write_text(config.to_yaml(cfg))
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
-        command = [sys.executable, *(launcher if processes == 2 else []), "train_grpo.py", "--config", str(path)]
-        result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr[-2000:]
-    rows = [read_jsonl(tmp_path / f"run{n}" / "samples.jsonl") for n in (1, 2)]
-    assert [(row["step"], row["id"], row["rewards"]) for row in rows[0]] == [
-        (row["step"], row["id"], row["rewards"]) for row in rows[1]
-    ]
-    active = [[row["data/num_active"] for row in metrics_of(tmp_path / f"run{n}")] for n in (1, 2)]
-    assert active[0] == active[1] and active[0][-1] < 16
-
-
-def test_supervised_tuning_has_no_groups_to_refilter_by():
-    with pytest.raises(ValueError, match=r"data\.refilter_every must be 0"):
-        config.SftConfig(data=config.DataConfig(refilter_every=1))
-
-
 def test_a_typo_in_scores_costs_nothing_that_is_there(whole, model, train, tmp_path):
     """Neither the batches of a run that was stopped nor the results of another rule, nor a copy that somebody made."""
     (tmp_path / "run").mkdir()
@@ -615,3 +542,14 @@ def test_scores_of_another_truth_are_refused(again, model, train):
 def test_a_broken_configuration_is_named(again, model, train, content):
     (again / "run" / "config.yaml").write_text(content)
     assert "config.yaml is not a configuration" in fails(arguments(again, model, train))
+
+
+# ---- training on it ------------------------------------------------------------------------------------------------
+
+
+def test_a_selection_is_trained_on_from_easy_to_hard(whole, world, taught, tmp_path):
+    data = (f"data.train={whole}/run/selected.jsonl", "data.order=curriculum", "run.steps=1", "data.batch_size=3")
+    train_grpo.train(make_cfg(world, tmp_path, *taught, *data))
+    means = {row["id"]: row["extra"]["reward_mean"] for row in read_jsonl(whole / "run" / "selected.jsonl")}
+    seen = [means[row["id"]] for row in read_jsonl(tmp_path / "run" / "samples.jsonl")]
+    assert seen == sorted(means.values(), reverse=True)[:3]
