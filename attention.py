@@ -8,14 +8,17 @@ log-sum-exp, the backward of each part is that part's share (FlashAttention, arX
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 aten = torch.ops.aten
+LSE_MULTIPLE = 32  # CUDA's efficient kernel reads rows of the log-sum-exp that are padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -49,46 +52,95 @@ class SharedPrompt:
     num_reads: int = 0  # by group_attention; 0 after sampling: the completions never saw the prompt
 
 
+def choose_kernel(device: str, dtype: torch.dtype, head_size: int, has_bias: bool, capability: tuple[int, int]) -> str:
+    """The kernel that computes attention: "cpu", "flash", "efficient", or "plain" where no fused one will do.
+
+    `device` is a device's type, `capability` the CUDA compute capability (major, minor). CUDA's flash kernel takes half
+    precision from capability 8.0 on. The efficient kernel takes float32 on any card. Both want a head size that is a
+    multiple of 8, and flash at most 256. AMD's builds of torch have kernels with other contracts, which are not used.
+
+    >>> for dtype in (torch.bfloat16, torch.float32):
+    ...     print([choose_kernel("cuda", dtype, 128, False, capability) for capability in ((9, 0), (7, 5))])
+    ['flash', 'plain']
+    ['efficient', 'efficient']
+    """
+    if device == "cpu":
+        return "cpu"
+    if device != "cuda" or torch.version.hip or has_bias or head_size % 8:
+        return "plain"
+    if dtype in (torch.bfloat16, torch.float16) and capability >= (8, 0) and head_size <= 256:
+        return "flash"
+    return "efficient" if dtype in (torch.float32, torch.float16) else "plain"
+
+
+def kernel_of(query: Tensor, bias: Tensor | None = None) -> str:
+    """`choose_kernel` of a query on its device."""
+    capability = _capability(query.device) if query.is_cuda else (0, 0)
+    return choose_kernel(query.device.type, query.dtype, query.shape[3], bias is not None, capability)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def attend(query, key, value, is_causal: bool, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention (B, heads, S, D) and the log-sum-exp of each query's scores (B, heads, S).
 
-    Keys and values (B, heads, L, D); causal means that query s sees the keys up to s. `bias` broadcasts to
-    (B, heads, S, L) and is added to the scores. On a CPU the output is float32 at least.
+    Keys and values (B, heads, L, D). Causal means that query s sees the keys up to s, and needs L = S, because kernels
+    align other shapes differently. `bias` broadcasts to (B, heads, S, L) and is added to the scores. On a CPU the
+    output is float32 at least.
     """
-    if query.device.type == "cpu":
+    kernel = kernel_of(query, bias)
+    if kernel == "cpu":
         query, key, value, bias = _exact(query, key, value, bias)
         mask = None if bias is None else bias.expand(len(query), 1, query.shape[2], -1)
         return aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
         )
-    if _has_cuda_flash(query) and bias is None:
-        found = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)
-        return found[0], found[1]
+    if kernel == "flash":
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[:2]
+    if kernel == "efficient":
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, is_causal, scale=scale
+        )
+        return out, lse[..., : query.shape[2]]  # without the padding
     return _plain(query, key, value, is_causal, scale, bias)
 
 
 def attend_backward(grad, query, key, value, out, lse, is_causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, if exp(scores - lse) are the weights that `out` was made with."""
-    if query.device.type == "cpu":
+    """Gradients of query, key and value, if exp(scores - lse) are the weights that `out` was made with.
+
+    Each kernel gets exactly what it reads. CUDA's kernels find the log-sum-exp by its pointer and ignore strides: flash
+    reads (B, heads, S), contiguous; efficient reads rows that are padded to a multiple of 32, and takes a row of `out`
+    to follow the one before it after heads x D numbers. Both take any `grad` of the query's type.
+    """
+    kernel, lse = kernel_of(query), lse.contiguous()
+    if kernel == "cpu":
         grad, query, key, value, out = _exact(grad, query, key, value, out)
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, lse, 0.0, is_causal, scale=scale
         )
-    if _has_cuda_flash(query):
+    if kernel == "plain":
+        return _plain_backward(grad, query, key, value, out, lse, is_causal, scale)
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    if kernel == "flash":
         state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
         shape = (None, None, query.shape[2], key.shape[2], 0.0, is_causal, state, state[:0])
         return aten._scaled_dot_product_flash_attention_backward(grad, query, key, value, out, lse, *shape, scale=scale)
-    return _plain_backward(grad, query, key, value, out, lse, is_causal, scale)
+    lse = pad(lse, (0, -lse.shape[2] % LSE_MULTIPLE), value=torch.inf)
+    state = torch.empty(0, dtype=torch.int64, device=query.device)
+    wanted = [True, True, True, False]  # the last one is the bias
+    found = aten._scaled_dot_product_efficient_attention_backward(
+        grad, query, key, value, None, out, lse, state, state, 0.0, wanted, is_causal, scale=scale
+    )
+    return found[:3]
 
 
 def _exact(*tensors: Tensor | None) -> list[Tensor | None]:
     """In float32 at least: in bfloat16 the CPU's kernel takes another exponential where a row of keys ends, and the
     log-prob of a token would depend on how many keys stand beside its own."""
     return [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
-
-
-def _has_cuda_flash(query: Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _scores(query: Tensor, key: Tensor, is_causal: bool, scale: float) -> Tensor:
