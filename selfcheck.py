@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attention import make_span
 from environment import code_hash
+from kernelcheck import attention_errors
 from loader import read_ahead
 from policy import Packed, Policy, pack, prompt_positions
 from prompts import Prompt, PromptBuilder
@@ -34,6 +36,11 @@ GROUP_SIZE, NEW_TOKENS, PROBE_TOKENS = 2, 8, 8
 # random ones, and on random ones of 28 layers: at most 5e-6 (2e-5 for a single token) in float32; 0.026 (0.094) in
 # bfloat16, where logits between 16 and 32 are 0.125 apart.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# Of a value or gradient of the packed attention: norm of the difference to a plain float32 one, over the norm. Measured
+# at the shapes of the 3B model, with kernels that round as those of a GPU do: at most 6e-6 in float32 and 0.006
+# in bfloat16.
+ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
+MOST_COMPLETIONS, LONGEST_COMPLETION = 8, 150  # of that check: more than one block of a kernel, and milliseconds
 LEAST_SEEN = 1e-3  # the largest change of a log-prob by a blank video; measured 0.5 and more, 0 where it is not seen
 # Patches (time, height, width) of a video, seconds per time step, and its time positions in the released models
 LAYOUTS = (
@@ -105,6 +112,7 @@ def check_model(
     with run.engine.whole_weights(cfg.model.gather_weights) as whole:
         video_embeds = raw.embed_videos([prompt])
         _raise_together(count_failures(prompt, len(video_embeds), raw, builder), run)
+        _raise_together(attention_failures(raw, len(prompt.ids), ragged_lengths(cfg)), run)
         rollout = generate(raw, [prompt], [video_embeds], GROUP_SIZE, NEW_TOKENS, micro_batch_size=1, synced=not whole)
     packed = pack([prompt], [[*rollout.completions[0], probe(prompt, raw)]], raw.model.config, raw.device)
     logps_N = policy(packed)[0]
@@ -120,7 +128,8 @@ def check_model(
     _raise_together(failures, run)
     policy.train(was_training)
     if run.is_main:
-        names = ["equal processes", "rotary positions", "token counts", "sampled = scored", "video seen"]
+        names = ["equal processes", "rotary positions", "token counts", "gradients of attention", "sampled = scored"]
+        names += ["video seen"]
         names += [] if reference is None else ["reference = policy"]
         print(f"self-check: {len(names)} checks in {time.perf_counter() - start:.1f} s ({', '.join(names)})")
 
@@ -195,6 +204,35 @@ def count_failures(prompt: Prompt, num_embeds: int, policy: Policy, builder: Pro
         f"token counts: sample {prompt.sample.id} has {placeholders} video placeholders in its prompt, {num_embeds} "
         f"embeddings from the vision tower and {planned} planned tokens, of {budget} at most (video.total_pixels). "
         f"Usual causes: a preprocessor file of another model, {OTHER_VERSION}."
+    ]
+
+
+def ragged_lengths(cfg) -> list[int]:
+    """Tokens of the completions that attention is tried with: as many as a group has, from one to long ones."""
+    rollout = getattr(cfg, "rollout", None)  # supervised tuning has none
+    num, most = (rollout.group_size, rollout.max_new_tokens) if rollout else (2, LONGEST_COMPLETION)
+    return torch.linspace(1, min(most, LONGEST_COMPLETION), min(num, MOST_COMPLETIONS)).long().tolist()
+
+
+def attention_failures(policy: Policy, num_prompt: int, lengths: Sequence[int]) -> list[str]:
+    """Whether the packed attention has the values and gradients that it should, on this device and in this type.
+
+    A kernel that reads its inputs in another way than it is taken to returns wrong gradients without an error.
+    """
+    model, dtype = policy.model.model.language_model, policy.model.dtype
+    span, layer = make_span(0, num_prompt, lengths, policy.device), model.layers[0].self_attn
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    errors = attention_errors(layer, [span], (heads, kv_heads, layer.head_dim), dtype)
+    tolerance = ATTENTION_TOLERANCE[dtype]
+    wrong = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= tolerance]
+    if not wrong:
+        return []
+    shape = f"{num_prompt} prompt tokens and {len(lengths)} completions of {lengths[0]} to {lengths[-1]}"
+    return [
+        f"gradients of attention: on {policy.device}, with {shape}, the packed attention is not plain attention in "
+        f"float32. Norm of the difference over the norm, of which {str(dtype)[6:]} allows {tolerance:g}: "
+        f"{', '.join(wrong)}. Usual causes: a kernel with another contract (`python benchmarks/gpu.py` tries each of "
+        "them), matrix products of lower precision than model.dtype (TF32)."
     ]
 
 

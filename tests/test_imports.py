@@ -47,7 +47,9 @@ MAY_IMPORT = {
     "watchdog": set(),
     "signals": set(),
     "environment": set(),
-    "selfcheck": {"environment", "loader", "policy", "prompts", "records", "rollout", "run", "video", "workers"},
+    "selfcheck": CORE & {"loader", "policy", "prompts", "records", "rollout", "run"}
+    | {"attention", "environment", "kernelcheck", "video", "workers"},
+    "kernelcheck": {"attention"},
     "optim": set(),
     "data": {"records", "manifest"},
     "records": set(),

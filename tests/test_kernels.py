@@ -1,15 +1,14 @@
-"""What attention.py hands to the kernels of a GPU, tried on a CPU that emulates what these kernels read (cuda_kernels.py)."""
+"""What attention.py hands to the kernels of a GPU: tried on a CPU, by an emulation of what these kernels read."""
 
 import copy
 
 import pytest
 import torch
 from conftest import make_cfg, make_policy, make_prompts, open_run, sgd
-from cuda_kernels import CudaKernels, emulate, forward, rows_of_heads
+from cuda_kernels import CudaKernels, emulate, forward
 from test_attention import SCALE, completions_inputs, dense, draw
 from test_update import UPDATE, recorded_rollout
 
-import attention
 import train_grpo
 from attention import CompletionAttention, SharedPrompt, attend, attend_backward, choose_kernel, group_attention
 from policy import pad_rows

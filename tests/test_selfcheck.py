@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, make_cfg, make_policy, metrics_of, open_run, read_jsonl, sft_cfg, weights_of, write_data
+from cuda_kernels import emulate
 
+import attention
 import config
 import data
 import eval as evaluation
@@ -71,7 +73,7 @@ def test_a_good_model_passes(world, tmp_path, capsys, family, dtype, lora):
     policy = make_policy(world, family, dtype=dtype, **lora).train()
     check(world, tmp_path, policy, policy if lora else make_policy(world, family, dtype=dtype))
     line = capsys.readouterr().out
-    assert line.startswith("self-check: 6 checks in ") and line.count("\n") == 1 and "reference = policy" in line
+    assert line.startswith("self-check: 7 checks in ") and line.count("\n") == 1 and "reference = policy" in line
     assert policy.training and policy.model.model.rope_deltas is None
 
 
@@ -91,6 +93,54 @@ def test_a_model_that_is_sure_of_its_answer_is_not_called_blind(world, tmp_path)
     bias[policy.eos_ids[0]] = 100.0
     policy.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
     check(world, tmp_path, policy)
+
+
+# ---- what the kernels of attention read --------------------------------------------------------------------------
+
+
+def as_it_was(grad, query, key, value, out, lse, is_causal, scale):
+    """attention.attend_backward with the defect that it had: the log-sum-exp goes to CUDA's kernel with its strides."""
+    shape = (None, None, query.shape[2], key.shape[2], 0.0, is_causal, None, None)
+    return attention.aten._scaled_dot_product_flash_attention_backward(
+        grad, query, key, value, out, lse, *shape, scale=scale
+    )
+
+
+@pytest.mark.parametrize("kernel, dtype", [("flash", "float32"), ("flash", "bfloat16"), ("efficient", "float32")])
+def test_a_good_model_passes_with_the_kernels_of_a_gpu(world, tmp_path, monkeypatch, kernel, dtype):
+    emulated = emulate(monkeypatch, kernel)
+    check(world, tmp_path, make_policy(world, dtype=dtype))
+    assert emulated.calls[f"{kernel}_backward"] == 2  # of the check alone: the model is only scored
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wrong_gradients_of_a_kernel_are_named(world, tmp_path, monkeypatch, dtype):
+    """Without this check a run of 30 steps ended with exit code 0, a small log-prob gap and worthless weights."""
+    emulate(monkeypatch, "flash")
+    monkeypatch.setattr(attention, "attend_backward", as_it_was)
+    (text,) = failures(world, tmp_path, make_policy(world, dtype=dtype))
+    assert text.startswith("gradients of attention: on cpu, with ") and " 4 completions of 1 to 6, the packed" in text
+    assert "gradient of query" in text and "gradient of key" in text and "values" not in text
+    assert f"{dtype} allows " in text and "benchmarks/gpu.py" in text
+
+
+def test_wrong_gradients_end_a_run_before_its_first_step(world, tmp_path, monkeypatch):
+    emulate(monkeypatch, "flash")
+    monkeypatch.setattr(attention, "attend_backward", as_it_was)
+    with pytest.raises(SystemExit, match=r"^error: the start-up self-check failed .*\n- gradients of attention: "):
+        train_grpo.train(make_cfg(world, tmp_path, "run.self_check=true"))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    monkeypatch.undo()
+    train_grpo.train(make_cfg(world, tmp_path, "run.self_check=true"))
+    assert len(metrics_of(tmp_path / "run")) == 2
+
+
+def test_what_a_kernel_returns_for_another_row_is_seen(world, tmp_path, monkeypatch):
+    """Values too, though sampled and scored log-probs would agree on them."""
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args: tuple(x.roll(1, 2) for x in attend(*args)))
+    first, *_ = failures(world, tmp_path, make_policy(world))
+    assert first.startswith("gradients of attention: ") and "values" in first
 
 
 # ---- spoiled ones --------------------------------------------------------------------------------------------------
@@ -239,7 +289,7 @@ def test_a_run_with_the_check_is_the_run_without(world, taught, tmp_path, capsys
         for name in ("true", "false")
     )
     train(on)
-    assert f"self-check: {6 if loop == 'grpo' else 5} checks in " in capsys.readouterr().out
+    assert f"self-check: {7 if loop == 'grpo' else 6} checks in " in capsys.readouterr().out
     train(off)
     assert "self-check" not in capsys.readouterr().out
     folders = [tmp_path / "true", tmp_path / "false"]
@@ -249,7 +299,7 @@ def test_a_run_with_the_check_is_the_run_without(world, taught, tmp_path, capsys
     ours, theirs = map(weights_of, folders)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     train(on, resume=True)
-    assert "self-check: 5 checks in " in capsys.readouterr().out
+    assert "self-check: 6 checks in " in capsys.readouterr().out
 
 
 def test_every_program_ends_before_it_begins(world, tmp_path):
@@ -281,7 +331,7 @@ def test_every_program_ends_before_it_begins(world, tmp_path):
 def test_videos_that_cannot_be_read_are_passed_over(world, tmp_path, capsys):
     policy = make_policy(world)
     check(world, tmp_path, policy, train=write_data(world, tmp_path / "some", 12, dict.fromkeys(range(7), TEXT)))
-    assert "self-check: 5 checks in " in capsys.readouterr().out
+    assert "self-check: 6 checks in " in capsys.readouterr().out
     check(world, tmp_path, policy, train=write_data(world, tmp_path / "many", 12, dict.fromkeys(range(8), TEXT)))
     out, err = capsys.readouterr()
     assert "self-check: left out, 1 processes found no video to read" in err and "self-check" not in out
@@ -338,6 +388,6 @@ def test_two_processes_with_the_check_are_the_two_without(world, tmp_path):
     for switch in ("true", "false"):
         result = launch(world, tmp_path, "nothing", f"run.dir={tmp_path}/{switch}", f"run.self_check={switch}")
         assert result.returncode == 0, result.stderr[-2000:]
-        assert result.stdout.count("self-check: 6 checks in ") == (switch == "true")
+        assert result.stdout.count("self-check: 7 checks in ") == (switch == "true")
     assert metrics_of(tmp_path / "true") == metrics_of(tmp_path / "false")
     assert (tmp_path / "true/samples.jsonl").read_text() == (tmp_path / "false/samples.jsonl").read_text()
