@@ -227,11 +227,13 @@ class PlanConfig:
     memory_gib: float = 80.0  # of a device
     tflops: float = 400.0  # TFLOP/s that a device reaches in matrix products, not its peak
     bandwidth: float = 2.0  # TB/s that it reaches in reading and writing memory
+    capability: float = 8.0  # CUDA compute capability of a device; before 8.0 there is no fused attention in bfloat16
     launch_us: float = 10.0  # microseconds that any operation takes at least
     completion_tokens: int = 0  # mean length of a completion, for the time of a step; 0: rollout.max_new_tokens
 
     def __post_init__(self):
-        _check_positive({f"plan.{n}": getattr(self, n) for n in ("memory_gib", "tflops", "bandwidth", "launch_us")})
+        positive = ("memory_gib", "tflops", "bandwidth", "capability", "launch_us")
+        _check_positive({f"plan.{name}": getattr(self, name) for name in positive})
         _check_at_least_0({"plan.completion_tokens": self.completion_tokens})
 
 

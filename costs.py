@@ -110,7 +110,8 @@ class Case:
     length: Length
     num_new: int  # tokens of a completion
     speed: Speed
-    device: str
+    device: str  # "cuda" or "cpu"
+    capability: tuple[int, int] = (8, 0)  # CUDA compute capability, which decides how attention is computed
 
     @cached_property
     def policy(self) -> Policy:
@@ -136,6 +137,9 @@ class Case:
         ids = [0] * length.before + [self.model.video_token_id] * length.video + [0] * length.after
         return Prompt(length.sample, ids, length.before, video)
 
+    def _dry_run(self) -> DryRun:
+        return DryRun(self.speed, self.device, self.capability)
+
     @cached_property
     def state(self) -> tuple[int, Phase]:
         """Bytes of the optimizer's state on one device, and what its step takes beside it."""
@@ -145,7 +149,7 @@ class Case:
             seconds = 28 * trained / self.speed.bytes  # 16 bytes of a parameter are read, 12 written
             on_host = self.launch.offload_optimizer
             return (0, Phase()) if on_host else (int(12 * trained), Phase(peak=int(work), seconds=seconds))
-        optimizer, run = make_optimizer(self.policy, self.cfg.optim), DryRun(self.speed)
+        optimizer, run = make_optimizer(self.policy, self.cfg.optim), self._dry_run()
         for group in optimizer.param_groups:
             group["foreach"] = self.device == "cuda"  # as torch chooses: all parameters in one call
         state, phase = optimize(run, optimizer), run.phases["optimizer"]
@@ -180,7 +184,7 @@ class Case:
     @cached_property
     def run(self) -> tuple[dict[str, Phase], int]:
         """The phases of a step on one device, and the bytes of the KV cache at its largest."""
-        cfg, policy, prompt, run, cache = self.cfg, self.policy, self.prompt, DryRun(self.speed), 0
+        cfg, policy, prompt, run, cache = self.cfg, self.policy, self.prompt, self._dry_run(), 0
         is_grpo, num = isinstance(cfg, GrpoConfig), min(cfg.data.micro_batch_size, self.share)
         call = Call([prompt] * num, (), 1, self.num_new, self.share / num)
         entropy_grad = False
@@ -208,7 +212,7 @@ class Case:
 
     def _validation(self) -> int:
         """Bytes at the most, of greedy answers to as many prompts as `eval` asks at a time."""
-        cfg, policy, prompt, run = self.cfg.eval, self.policy, self.prompt, DryRun(self.speed)
+        cfg, policy, prompt, run = self.cfg.eval, self.policy, self.prompt, self._dry_run()
         num = min(cfg.batch_size, -(-(cfg.num_samples or cfg.batch_size) // self.launch.processes))
         with run:
             run.begin("vision")

@@ -52,11 +52,15 @@ class DryRun(TorchDispatchMode):
 
     Counted are the tensors made inside, as long as they live; weights are not. Small tensors of indices may be real:
     code that decides by their values runs as always, and where they meet a meta tensor they become one.
+
+    `device` ("cpu" or "cuda") and its CUDA compute capability decide which kernel computes attention, as they do in a
+    real run. What a fused kernel holds is stood in for. The plain form runs here as it does there.
     """
 
-    def __init__(self, speed: Speed):
+    def __init__(self, speed: Speed, device: str = "cpu", capability: tuple[int, int] = (0, 0)):
         super().__init__()
-        self.speed, self.live = speed, 0  # bytes
+        self.speed, self.device, self.capability = speed, device, capability
+        self.live = 0  # bytes
         self.phases: dict[str, Phase] = {}
         self._phase, self._repeat = Phase(), 1.0  # before the first has begun
         self._sizes: dict[int, weakref.ref] = {}  # storages by address
@@ -64,7 +68,7 @@ class DryRun(TorchDispatchMode):
 
     def __enter__(self) -> "DryRun":
         self._real = torch.nn.functional.scaled_dot_product_attention, attention.attend, attention.attend_backward
-        # in their places, what takes the memory of a fused kernel on any device
+        # in their places, what takes the memory of the kernel that a real run would call
         torch.nn.functional.scaled_dot_product_attention = self._attention
         attention.attend, attention.attend_backward = self._attend, self._attend_backward
         return super().__enter__()
@@ -130,15 +134,28 @@ class DryRun(TorchDispatchMode):
         self.live -= size
         del self._sizes[address]
 
-    def _attention(self, query, key, value, attn_mask=None, is_causal=False, **_) -> Tensor:
+    def _kernel(self, query: Tensor, has_bias: bool) -> str:
+        return attention.choose_kernel(self.device, query.dtype, query.shape[3], has_bias, self.capability)
+
+    def _attention(self, query, key, value, attn_mask=None, is_causal=False, **kwargs) -> Tensor:
+        if self._kernel(query, has_bias=False) == "plain":
+            return self._real[0](query, key, value, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
         return _Attention.apply(query, key, value, attn_mask, self, _flops(query, key, is_causal))
 
     def _attend(self, query, key, value, is_causal, scale, bias=None) -> tuple[Tensor, Tensor]:
+        if self._kernel(query, bias is not None) == "plain":
+            return attention._plain(query, key, value, is_causal, scale, bias)
         self.count(_flops(query, key, is_causal), 0)
         return _fused_outputs(query)
 
     def _attend_backward(self, grad, query, key, value, out, lse, is_causal, scale) -> tuple[Tensor, ...]:
+        kernel = self._kernel(query, has_bias=False)
+        if kernel == "plain":
+            return attention._plain_backward(grad, query, key, value, out, lse, is_causal, scale)
         self.count(2.5 * _flops(query, key, is_causal), 0)  # five products
+        # CUDA's kernels want the output in another layout, and flash adds up the query's gradient in float32
+        copies = [] if kernel == "cpu" else [out.transpose(1, 2).contiguous()]
+        copies += [query.new_empty(query.shape, dtype=torch.float32)] if kernel == "flash" else []
         return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 

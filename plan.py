@@ -122,7 +122,8 @@ def plan(
     lengths, source = measure(samples, _builder(cfg, model, tokenizer), data.manifest, target_text)
     speed = Speed(assumed.tflops * 1e12, assumed.bandwidth * 1e12, assumed.launch_us * 1e-6)
     tokens, mean, longest = _tokens(lengths, cfg, assumed)
-    case = Case(cfg, launch, model, tokenizer, *longest, speed, device)
+    capability = divmod(round(10 * assumed.capability), 10)
+    case = Case(cfg, launch, model, tokenizer, *longest, speed, device, capability)
     usual = replace(case, length=mean[0], num_new=mean[1])
     too_much = case.peak[1] > (assumed.memory_gib - RESERVE_GIB) * GIB
     params, trained = (
