@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernelcheck
 from attention import make_span
 from environment import code_hash
-from kernelcheck import attention_errors
 from loader import read_ahead
 from policy import Packed, Policy, pack, prompt_positions
 from prompts import Prompt, PromptBuilder
@@ -36,10 +36,6 @@ GROUP_SIZE, NEW_TOKENS, PROBE_TOKENS = 2, 8, 8
 # random ones, and on random ones of 28 layers: at most 5e-6 (2e-5 for a single token) in float32; 0.026 (0.094) in
 # bfloat16, where logits between 16 and 32 are 0.125 apart.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-# Of a value or gradient of the packed attention: norm of the difference to a plain float32 one, over the norm. Measured
-# at the shapes of the 3B model, with kernels that round as those of a GPU do: at most 6e-6 in float32 and 0.006
-# in bfloat16.
-ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
 MOST_COMPLETIONS, LONGEST_COMPLETION = 8, 150  # of that check: more than one block of a kernel, and milliseconds
 LEAST_SEEN = 1e-3  # the largest change of a log-prob by a blank video; measured 0.5 and more, 0 where it is not seen
 # Patches (time, height, width) of a video, seconds per time step, and its time positions in the released models
@@ -222,8 +218,8 @@ def attention_failures(policy: Policy, num_prompt: int, lengths: Sequence[int]) 
     model, dtype = policy.model.model.language_model, policy.model.dtype
     span, layer = make_span(0, num_prompt, lengths, policy.device), model.layers[0].self_attn
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-    errors = attention_errors(layer, [span], (heads, kv_heads, layer.head_dim), dtype)
-    tolerance = ATTENTION_TOLERANCE[dtype]
+    errors = kernelcheck.attention_errors(layer, [span], (heads, kv_heads, layer.head_dim), dtype)
+    tolerance = kernelcheck.TOLERANCE[dtype]
     wrong = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= tolerance]
     if not wrong:
         return []

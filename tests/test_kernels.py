@@ -1,10 +1,11 @@
 """What attention.py hands to the kernels of a GPU: tried on a CPU, by an emulation of what these kernels read."""
 
 import copy
+import importlib
 
 import pytest
 import torch
-from conftest import make_cfg, make_policy, make_prompts, open_run, sgd
+from conftest import REPO, make_cfg, make_policy, make_prompts, open_run, sgd
 from cuda_kernels import CudaKernels, emulate, forward
 from test_attention import SCALE, completions_inputs, dense, draw
 from test_update import UPDATE, recorded_rollout
@@ -140,21 +141,9 @@ def test_the_emulation_notices_what_the_kernels_would_not_forgive():
 # ---- one update ----------------------------------------------------------------------------------------------------
 
 
-def repeated_logps(policy, packed, video_embeds, num_columns, entropy_grad=False):
+def repeated(policy, packed, video_embeds, num_columns, entropy_grad=False):
     """In the place of policy.packed_logps: every completion behind a prompt of its own, through torch's attention."""
-    raw, lengths, hidden = policy, packed.lengths_B.tolist(), []
-    embeds_1SH = raw.embed(packed.ids_S[None], video_embeds)
-    for span in packed.spans:
-        start = span.prompt_end
-        for num in span.lengths:
-            places = [*range(span.start, span.prompt_end), *range(start, start + num)]
-            hidden_1SH = raw.model.model.language_model(
-                inputs_embeds=embeds_1SH[:, places], position_ids=packed.positions_3S[:, None, places], use_cache=False
-            ).last_hidden_state
-            hidden.append(hidden_1SH[0, -num - 1 : -1])
-            start += num
-    assert sum(lengths) == sum(len(part) for part in hidden)
-    found = raw._head(torch.cat(hidden), packed.targets_N, packed.num_chunks, entropy_grad)
+    found = importlib.import_module("gpu").repeated_logps(policy, packed, video_embeds, entropy_grad)
     return tuple(pad_rows(values_N, packed.lengths_B, num_columns) for values_N in found)
 
 
@@ -182,7 +171,8 @@ def one_update(world, tmp_path, name: str, dtype: str, lora: bool, monkeypatch, 
     groups = Groups(rollout, embeds, [], [0, 1, 2, 3], totals_NG, totals_NG, totals_NG, tokens_NG, num_refills=0)
     with monkeypatch.context() as patch:
         if name == "repeated":
-            patch.setattr(train_grpo, "packed_logps", repeated_logps)
+            patch.syspath_prepend(str(REPO / "benchmarks"))
+            patch.setattr(train_grpo, "packed_logps", repeated)
         else:
             kernels = emulate(patch, name)
         train_grpo.update(policy, reference, prepared, groups, cfg, run)
