@@ -43,6 +43,17 @@ def test_a_plan_of_the_tiny_world(tiny_plan):
     assert found.seconds == sum(phase.seconds for phase in found.phases.values()) > 0
 
 
+def test_a_card_without_fused_attention_in_bfloat16_needs_more(world, tmp_path):
+    """What the kernel takes is decided as training decides it; in float32 both cards have one."""
+    lora = ("model.lora_rank=4", "model.dtype=bfloat16", "rollout.max_new_tokens=64")
+    for overrides, cards_differ in ((lora, True), (lora[2:], False)):
+        cfg = make_cfg(world, tmp_path, *overrides)
+        ampere, turing = (plan.plan(cfg, PlanConfig(capability=card)).longest_totals for card in (8.0, 7.5))
+        assert (turing["backward"] > 1.1 * ampere["backward"]) == cards_differ
+    with pytest.raises(ValueError, match=r"plan.capability must be above 0"):
+        PlanConfig(capability=0)
+
+
 def test_the_report_says_it_all(tiny_plan):
     cfg, found = tiny_plan
     text = plan.report(found, cfg, PlanConfig(completion_tokens=3))
