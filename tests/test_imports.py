@@ -1,8 +1,9 @@
-"""Imports point one way: the table of who may import whom, and no file that hides a package."""
+"""Imports point one way: the table of who may import whom, no file that hides a package, and packages to do without."""
 
 import ast
 import importlib
 import importlib.machinery
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,6 +73,28 @@ TOPS = {"demo", "ablations", "tiny"}  # nothing imports them
 FREE = {"demo", "ablations"}  # they may import anything, and write the tiny world
 
 
+WITHOUT_A_RUN = """
+import importlib, pathlib, sys
+import numpy as np
+
+sys.modules |= dict.fromkeys(("omegaconf", "decord", "av", "diskcache", "pebble", "deepspeed"))  # as if not installed
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+
+import config, pretrained, prompts, rollout, tiny, video
+from records import Sample
+
+folder = pathlib.Path(sys.argv[1])
+tiny.write_model(folder, seed=0, family="qwen2_5_vl")
+policy = pretrained.load_policy(config.ModelConfig(path=str(folder)))
+spec, wording = config.VideoConfig(), config.PromptConfig()
+builder = prompts.PromptBuilder(policy.tokenizer, video.read_geometry(str(folder)), spec, wording, None)
+frames = video.Frames(np.zeros((4, 3, 28, 56), np.uint8), np.arange(4) / 2, 1.0, 0)
+prompt = builder.prompt(Sample("a", "tvg", "", "When is the red square visible?"), frames)
+rollout.generate(policy, [prompt], policy.embed_each([prompt]), 2, 3, 1)
+"""
+
+
 def imports(path: Path) -> set[str]:
     """First names of the modules a file imports, inside functions too."""
     names = set()
@@ -127,6 +150,13 @@ def test_no_file_hides_a_module(path, monkeypatch):
     importlib.invalidate_caches()
     found = importlib.machinery.PathFinder.find_spec(path.stem, sys.path)
     assert found is None, f"{path.name} hides {found.origin}"
+
+
+def test_a_program_without_a_run_needs_no_package_of_runs_and_files(tmp_path):
+    """A benchmark on a machine that has only torch and Hugging Face's packages imports us, and samples."""
+    command = [sys.executable, "-c", WITHOUT_A_RUN, str(tmp_path / "model"), *sorted(OURS)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_folder_is_plain():
