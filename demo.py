@@ -22,12 +22,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 
-import eval as evaluation
 import metrics
 import report
 import tiny
-import train_grpo
-import train_sft
 
 WORLD = "tiny_world"
 SFT_LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # the sweep; steps are swept by keeping the best of the validations
@@ -64,6 +61,9 @@ def best_validation(folder: Path) -> tuple[float, int]:
 
 def train_all(root: Path, seed: int, watch: Stopwatch) -> dict[str, Path]:
     """Train base, SFT (the sweep) and GRPO; returns the model folder of each."""
+    import train_grpo  # here and below, so that --help and --table do without torch, which takes seconds to import
+    import train_sft
+
     with watch("base"):
         train_sft.main(["--config", "configs/tiny_base.yaml", f"run.dir={root}/base", f"run.seed={seed}"])
     base = root / "base" / "final"
@@ -79,6 +79,8 @@ def train_all(root: Path, seed: int, watch: Stopwatch) -> dict[str, Path]:
 
 
 def evaluate_all(root: Path, models: dict[str, Path]) -> None:
+    import eval as evaluation
+
     for name, model in models.items():
         for suffix, test in (("", "mix_test"), ("_ood", "tvg_ood_test")):
             overrides = [
