@@ -59,6 +59,18 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if "=" not in word], [word for word in words if "=" in word]
 
 
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one, keys joined by dots.
+
+    >>> flat({"video": {"fps": 2.0}, "answer": "tagged"})
+    {'video.fps': 2.0, 'answer': 'tagged'}
+    """
+    found: dict = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def _read_yaml(config_class: type, path: str):
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO
 
 CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "reward_functions", "grpo"}
-CORE |= {"pretrained", "run", "engine", "optim", "selfcheck", "signals", "clock"}
+CORE |= {"pretrained", "run", "engine", "optim", "selfcheck", "signals", "clock", "arguments", "checkpoint"}
 MAY_IMPORT = {
     "train_grpo": CORE | {"eval", "plan", "groups", "progress"},
     "groups": {"config", "grpo", "reward_functions", "rewards", "rollout"},
@@ -25,24 +25,25 @@ MAY_IMPORT = {
     "eval": CORE - {"grpo"} | {"environment", "video", "workers", "batches", "metrics", "compare", "plain"},
     "metrics": {"plain", "rewards"},
     "plain": {"rewards"},
-    "compare": {"metrics", "data", "run"},
+    "compare": {"metrics", "data", "settings"},
     "convert": {"records", "sources"},
     "sources": {"records"},
     "plan": {"config", "costs", "data", "dryrun", "engine", "lengths", "policy", "prompts", "records", "video"},
     "costs": {"config", "dryrun", "engine", "lengths", "optim", "policy", "prompts", "video"},
     "dryrun": {"attention", "config", "policy", "pretrained", "prompts", "rollout"},
     "lengths": {"manifest", "prompts", "readers", "records", "video"},
-    "report": {"compare", "curves", "metrics", "run", "samples"},
+    "report": {"arguments", "checkpoint", "compare", "curves", "metrics", "samples", "settings"},
     "samples": {"readers", "rewards", "video"},
     "curves": set(),
     "timelines": {"rewards"},
     "tiny": {"data", "video"},
+    "arguments": {"config", "metrics", "plain", "settings"},
     "config": {"settings"},
     "settings": set(),
     "rewards": set(),
     "reward_functions": {"rewards"},
     "grpo": set(),
-    "run": {"checkpoint", "engine", "environment", "signals"},
+    "run": {"checkpoint", "engine", "environment", "settings", "signals"},
     "engine": {"checkpoint", "watchdog"},
     "checkpoint": set(),
     "watchdog": set(),
@@ -61,7 +62,7 @@ MAY_IMPORT = {
     "cache": set(),
     "attention": set(),
     "policy": {"attention", "config", "prompts"},
-    "pretrained": {"checkpoint", "config", "policy"},
+    "pretrained": {"arguments", "checkpoint", "config", "policy"},
     "rollout": {"attention", "config", "prompts", "policy", "grpo"},
     "jobs": set(),
     "seeds": {"metrics"},
