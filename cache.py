@@ -10,7 +10,6 @@ import os
 import zlib
 from pathlib import Path
 
-import diskcache
 import numpy as np
 
 FORMAT = 2  # raise it when the meaning of a stored entry changes: old entries then miss and age out
@@ -36,6 +35,8 @@ class FrameCache:
     """
 
     def __init__(self, directory: str | os.PathLike, max_gib: float):
+        import diskcache  # here, so that prompts can be made from frames in memory without it
+
         size = int(max_gib * 2**30)
         self._disk = diskcache.Cache(str(directory), size_limit=size, eviction_policy="least-recently-used")
 

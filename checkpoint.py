@@ -64,6 +64,14 @@ def sync(path: Path) -> None:
         _fsync(part)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that it is never seen half-written."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    sync(aside)
+    aside.replace(path)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

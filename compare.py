@@ -11,7 +11,7 @@ from typing import Any
 
 from data import read_samples
 from metrics import check_modes, cluster_of, paired_interval, read_rows, score_each, with_truth
-from run import flat
+from settings import flat
 
 MAY_DIFFER = {"model", "weights"}  # what a comparison is about
 FOLLOWS = {"prompt_hash", "commit"}  # from the wording and the chat template, from the code

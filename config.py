@@ -6,12 +6,10 @@ only what differs from the defaults; an unknown key or a wrong type is an error 
     cfg = config.load(config.GrpoConfig, ["configs/tiny.yaml"], ["loss.beta=0.0", "run.seed=1"])
 """
 
-import argparse
 from dataclasses import astuple, dataclass, field
-from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Literal
 
-from settings import ConfigT, load, split_overrides, to_yaml  # noqa: F401  (to_yaml: for who imports config)
+from settings import load, to_yaml  # noqa: F401  (for who imports config)
 
 
 @dataclass(frozen=True)
@@ -401,38 +399,3 @@ def _check_training(cfg) -> None:
         raise ValueError("optim.muon_lr is for training from scratch, not for the adapters of model.lora_rank")
     if cfg.model.lora_merger and not cfg.model.lora_rank:
         raise ValueError("model.lora_merger=true needs model.lora_rank above 0")
-
-
-@dataclass(frozen=True)
-class _Planned:
-    plan: PlanConfig = field(default_factory=PlanConfig)
-
-
-def from_command_line(
-    config_class: type[ConfigT], argv: list[str] | None, doc: str, default: str
-) -> tuple[ConfigT, bool, PlanConfig | None]:
-    """Parse `[--config FILE ...] [--resume] [--plan [FILE]] [section.key=value ...]`.
-
-    Returns the config, `resume`, and what --plan assumes, None without it. Without --config the file `default`, beside
-    this one, is read.
-    """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", nargs="+", default=[], action="extend", metavar="FILE", help="YAML; later files win"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.dir")
-    parser.set_defaults(plan=None)
-    if "optim" in get_type_hints(config_class):  # it trains
-        text = "print tokens, memory and time instead of training; FILE is that of `accelerate launch`"
-        parser.add_argument("--plan", nargs="?", const="", metavar="FILE", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args(argv)
-    files, overrides = split_overrides(args.config + args.overrides)
-    engine, more = split_overrides([args.plan] if args.plan else [])  # `--plan a.b=1` names no file
-    assumed = [f"plan.engine={file}" for file in engine]
-    assumed += [text for text in overrides + more if text.startswith("plan.")]
-    if assumed and args.plan is None:
-        raise ValueError(f"override {assumed[0]!r} is for --plan")
-    planned = None if args.plan is None else load(_Planned, [], assumed).plan
-    overrides = [text for text in overrides + more if not text.startswith("plan.")]
-    return load(config_class, files or [str(Path(__file__).parent / default)], overrides), args.resume, planned

@@ -15,19 +15,12 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 
-import eval as evaluation
 import metrics
 import report
 import tiny
-import train_grpo
-import train_sft
 
 WORLD = "tiny_world"
 SFT_LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # the sweep; steps are swept by keeping the best of the validations
@@ -64,6 +57,9 @@ def best_validation(folder: Path) -> tuple[float, int]:
 
 def train_all(root: Path, seed: int, watch: Stopwatch) -> dict[str, Path]:
     """Train base, SFT (the sweep) and GRPO; returns the model folder of each."""
+    import train_grpo  # here and below, so that --help and --table need no torch, which takes seconds to import
+    import train_sft
+
     with watch("base"):
         train_sft.main(["--config", "configs/tiny_base.yaml", f"run.dir={root}/base", f"run.seed={seed}"])
     base = root / "base" / "final"
@@ -79,6 +75,8 @@ def train_all(root: Path, seed: int, watch: Stopwatch) -> dict[str, Path]:
 
 
 def evaluate_all(root: Path, models: dict[str, Path]) -> None:
+    import eval as evaluation
+
     for name, model in models.items():
         for suffix, test in (("", "mix_test"), ("_ood", "tvg_ood_test")):
             overrides = [
@@ -139,9 +137,12 @@ def seen(root: Path, sft: Path) -> dict[str, dict]:
 
 def plot_curves(root: Path) -> None:
     """Reward, validation mIoU and completion length of the GRPO run."""
+    from matplotlib.figure import Figure
+
     rows = read_metrics(root / "grpo")
     steps = [row["step"] for row in rows]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     for key in ("reward/total", "reward/format", "reward/iou"):
         axes[0].plot(steps, smooth([row[key] for row in rows]), label=key)
     axes[0].set(title="Training reward (running mean of 20 steps)", xlabel="step", ylim=(0, 1.02))

@@ -16,11 +16,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from arguments import of_eval, user_errors
+
+if __name__ == "__main__":  # here, so that a misspelt key is told before torch is imported, which takes seconds
+    of_eval(None, __doc__)
+
 import numpy as np
 from tqdm import tqdm
 
 import config
 from batches import DoneBatches, cut, remove_lines
+from checkpoint import write_text
 from compare import compare, read_predictions
 from config import EvalRunConfig
 from data import read_samples
@@ -28,7 +34,6 @@ from environment import code_hash
 from loader import LEAST_ASKED, NUM_LISTED, make_workers, read_ahead
 from metrics import (
     MAIN_METRIC,
-    UNANSWERED_MODES,
     check_modes,
     hash_of,
     sample_values,
@@ -36,13 +41,13 @@ from metrics import (
     truth_hash,
     truth_of,
 )
-from plain import ANSWER_MODES, parse_response
+from plain import parse_response
 from policy import Policy
 from pretrained import load_policy, save_model
 from prompts import Prompt, PromptBuilder, make_builder
 from records import Sample
 from rollout import generate
-from run import Run, user_errors, write_text
+from run import Run
 from selfcheck import check_model, check_ranks
 from signals import interruptible
 from video import VideoError
@@ -271,10 +276,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
 
 def _run_command(args: argparse.Namespace) -> None:
-    with user_errors():
-        cfg = config.load(EvalRunConfig, *config.split_overrides(args.config + args.overrides))
     with interruptible():
-        evaluate(cfg, args.resume)
+        evaluate(args.cfg, args.resume)
 
 
 def _score_command(args: argparse.Namespace) -> None:
@@ -314,32 +317,10 @@ def _compare_command(args: argparse.Namespace) -> None:
         print("\n".join(compare(args.results, args.allow)))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run one subcommand; bad input ends with one line naming the file, the row and the key."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("run", help="answers of a model, and their metrics")
-    command.add_argument("--config", nargs="+", default=[], action="extend", metavar="FILE", help="later win")
-    command.add_argument("--resume", action="store_true", help="go on with a run.dir that was stopped")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value")
-    command.set_defaults(call=_run_command)
-    command = commands.add_parser("score", help="metrics from stored predictions, without a model")
-    command.add_argument("predictions", help="predictions.jsonl")
-    command.add_argument("--out", required=True, help="metrics.json to write")
-    command.add_argument("--data", help="records with the truth; those without a prediction count too")
-    command.add_argument("--answer", choices=ANSWER_MODES, help="what counts as the answer; default: as in the run")
-    command.add_argument("--unanswered", choices=UNANSWERED_MODES, help="what becomes of no answer; default: as there")
-    command.set_defaults(call=_score_command)
-    command = commands.add_parser("compare", help="results side by side, differences with paired intervals")
-    command.add_argument("results", nargs="+", metavar="metrics.json", help="the first one is subtracted")
-    command.add_argument("--allow", action="append", default=[], metavar="KEY", help="may differ; a section for all")
-    command.set_defaults(call=_compare_command)
-    args, rest = parser.parse_known_args(argv)
-    if args.call is not _run_command or any(word.startswith("-") for word in rest):
-        args = parser.parse_args(argv)  # which names what it does not know
-    elif rest:
-        args.overrides += rest  # overrides on both sides of an option
-    args.call(args)
+    args = of_eval(argv, __doc__)
+    {"run": _run_command, "score": _score_command, "compare": _compare_command}[args.command](args)
 
 
 if __name__ == "__main__":

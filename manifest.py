@@ -16,7 +16,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from records import BadRecord, Sample, reason_kind
-from video import check_video
 from workers import CallFailed, Workers
 
 FILE_FIELDS = ("frames", "duration", "fps", "vfr", "width", "height", "rotation", "first_time", "codec")
@@ -90,6 +89,8 @@ class Manifest:
 
 def examine(records: Sequence[tuple[str, Sample | BadRecord]], num_workers: int, timeout_s: float) -> list[dict]:
     """The manifest's lines of records, given with their rows (file:row). Every video is opened once."""
+    from video import check_video  # here, so that arguments are read without torch
+
     files = list(dict.fromkeys((r.video, r.fps) for _, r in records if not isinstance(r, BadRecord)))
     states, found = {file: file_state(file[0]) for file in files}, {}
     with Workers(check_video, num_workers, timeout_s) as workers:

@@ -6,12 +6,15 @@ folder, which `model.path` takes as well. The full model, for other programs:
     python pretrained.py merge runs/grpo/final runs/grpo/merged
 """
 
-import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
+
+from arguments import of_merge, user_errors
+
+if __name__ == "__main__":  # here, so that a misspelt option is told before torch is imported, which takes seconds
+    of_merge(None, __doc__)
 
 import torch
 from huggingface_hub import snapshot_download
@@ -142,21 +145,15 @@ def save_model(policy: Policy, folder: str | Path, source: str, weights: dict[st
     aside.rename(folder)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """`merge`, in float32, so that no small update is rounded away here; a user's error ends with one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(required=True).add_parser("merge", help="write the full model of an adapter folder")
-    command.add_argument("adapter", help="folder with an adapter_config.json")
-    command.add_argument("out", help="folder to write")
-    args = parser.parse_args(argv)
-    try:
+    args = of_merge(argv, __doc__)
+    with user_errors():
         if len(_layers(args.adapter)) == 1:
             raise ValueError(f"{args.adapter} is no adapter folder: it has no adapter_config.json")
         if Path(args.out).exists():
             raise ValueError(f"{args.out} exists")
         save_model(load_policy(ModelConfig(path=args.adapter)), args.out, args.adapter)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -13,16 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import av
-import decord
 import numpy as np
-from av.stream import Disposition
-from decord._ffi.base import DECORDError
 from PIL import Image
 
-decord.logging.set_level(decord.logging.QUIET)
-av.logging.set_level(av.logging.PANIC)
+if TYPE_CHECKING:
+    import av
 
 SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # FFmpeg's names of what decord can seek in
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -93,20 +90,24 @@ class Header:
 
 
 @contextmanager
-def _decoder_errors(path: str | os.PathLike, decoder: str) -> Iterator[None]:
+def _decoder_errors(path: str | os.PathLike, decoder: str, own: type[Exception]) -> Iterator[None]:
     try:
         yield
     # besides its own, decord raises RuntimeError (opening), UnicodeError (name), AssertionError (no frames), IndexError
-    except (DECORDError, RuntimeError, AssertionError, IndexError, UnicodeError, av.error.FFmpegError) as error:
+    except (own, RuntimeError, AssertionError, IndexError, UnicodeError) as error:
         text = getattr(error, "strerror", None) or str(error)
         text = re.sub(r"\[[\d:]+\] \S+: ", "", text).partition("\n")[0]  # no time, no C++ source line
         raise VideoError(path, f"{decoder}: {text or type(error).__name__}") from error
 
 
 @contextmanager
-def _open(path: str | os.PathLike) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def _open(path: str | os.PathLike) -> "Iterator[tuple[av.container.InputContainer, av.VideoStream]]":
+    import av  # here and below, so that frames in memory need no decoder
+    from av.stream import Disposition
+
+    av.logging.set_level(av.logging.PANIC)
     full = os.path.abspath(path)  # FFmpeg takes what stands before a colon for a protocol
-    with _decoder_errors(path, "PyAV"), av.open(full, metadata_errors="ignore") as container:
+    with _decoder_errors(path, "PyAV", av.error.FFmpegError), av.open(full, metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         if stream is None or stream.disposition & Disposition.attached_pic:
             raise VideoError(path, "no video stream")
@@ -116,13 +117,15 @@ def _open(path: str | os.PathLike) -> Iterator[tuple[av.container.InputContainer
         yield container, stream
 
 
-def _decoded(packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
+def _decoded(packets: "Iterable[av.Packet]") -> "Iterator[av.VideoFrame]":
     """Frames in the order they are shown, up to the first error; errors before the first frame are passed over."""
+    from av.error import FFmpegError
+
     started, early = False, None
     for packet in packets:
         try:
             frames = packet.decode()
-        except av.error.FFmpegError as error:
+        except FFmpegError as error:
             if started:
                 raise
             early, frames = error, []
@@ -139,7 +142,7 @@ def probe(path: str | os.PathLike, fps: float | None = None) -> Header:
     packets = []
     with _open(path) as (container, stream):
 
-        def noted() -> Iterator[av.Packet]:
+        def noted() -> "Iterator[av.Packet]":
             for packet in container.demux(stream):
                 if packet.size:
                     packets.append((packet.pts, packet.dts, packet.duration, packet.is_keyframe, packet.is_discard))
@@ -154,7 +157,9 @@ def probe(path: str | os.PathLike, fps: float | None = None) -> Header:
         return _header(container, stream, packets, first)
 
 
-def _header(container, stream, packets: list[tuple], first: av.VideoFrame) -> Header:
+def _header(container, stream, packets: list[tuple], first: "av.VideoFrame") -> Header:
+    import av
+
     pts, dts, lengths, is_key, _ = zip(*(packet for packet in packets if not packet[-1]))  # -1: an edit list hides it
     # AVI has decoding times only; what stands for the others is wrong where there are B-frames
     has_pts = container.format.name != "avi" and None not in pts and len(set(pts)) == len(pts)
@@ -194,8 +199,12 @@ def read_decord(path: str | os.PathLike, header: Header, indices: Sequence[int])
 
     Raises VideoError, as the other readers do.
     """
+    import decord
+    from decord._ffi.base import DECORDError
+
+    decord.logging.set_level(decord.logging.QUIET)
     size = max(1, BLOCK_BYTES // (3 * header.width * header.height))
-    with _decoder_errors(path, "decord"):
+    with _decoder_errors(path, "decord", DECORDError):
         reader = decord.VideoReader(os.path.abspath(path), num_threads=1)
         for start in range(0, len(indices), size):
             block = reader.get_batch(indices[start : start + size]).asnumpy()
@@ -204,7 +213,7 @@ def read_decord(path: str | os.PathLike, header: Header, indices: Sequence[int])
             yield block
 
 
-def _numbered(path: str | os.PathLike, header: Header) -> Iterator[tuple[int, av.VideoFrame]]:
+def _numbered(path: str | os.PathLike, header: Header) -> "Iterator[tuple[int, av.VideoFrame]]":
     """Decoded frames with their numbers, which ascend: a frame out of place is left out."""
     places = {} if header.pts is None else {pts: index for index, pts in enumerate(header.pts.tolist())}
     last = -1
@@ -218,8 +227,10 @@ def _numbered(path: str | os.PathLike, header: Header) -> Iterator[tuple[int, av
 
 def read_av(path: str | os.PathLike, header: Header, indices: Sequence[int]) -> Iterator[np.ndarray]:
     """The same frames through PyAV, one by one, decoding all before them: slower, reads more files."""
+    from av.error import FFmpegError
+
     frames, found = _numbered(path, header), -1
-    with _decoder_errors(path, "PyAV"):
+    with _decoder_errors(path, "PyAV", FFmpegError):
         for index in indices:
             while found < index:
                 found, frame = next(frames, (math.inf, None))

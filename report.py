@@ -30,11 +30,13 @@ import numpy as np
 import yaml
 
 import samples
+from arguments import user_errors
+from checkpoint import write_text
 from compare import Result, differing_keys, read_result
 from curves import Curve, Series, nice_ticks, sections
 from metrics import MAIN_METRIC, paired_interval
-from run import flat, user_errors, write_text
 from samples import MAX_NAME, cut, read_rows
+from settings import flat
 
 MAX_DOTS = 1500  # of a scatter plot
 FEW = 20  # steps at the start and at the end that rewards are means of

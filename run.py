@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,9 +30,11 @@ from checkpoint import (
     set_aside,
     sync,
     write_list,
+    write_text,
 )
 from engine import Engine
 from environment import environment
+from settings import flat
 from signals import StopRequest, command, handled
 
 UNUSED = {"config.yaml", "env.json", "config.yaml.tmp", "env.json.tmp", "logs", "lock", "report.html"}  # without a step
@@ -40,15 +42,6 @@ ROWS = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")  # cut back to th
 MAY_CHANGE = {"data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one resume to the next
 MAY_CHANGE |= {"run.steps", "run.save_every", "run.keep_checkpoints", "run.print_every"}
 MAY_CHANGE |= {"run.max_skipped", "run.timeout", "run.self_check"}
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """What a user can mend (a config key, a path, a record) ends the program with one line, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 class Run:
@@ -308,23 +301,3 @@ def config_differences(path: Path, config_yaml: str) -> dict[str, str]:
 
 def warn(text: str) -> None:
     tqdm.write(f"WARNING: {text}", file=sys.stderr)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is never seen half-written."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested dictionaries as one, keys joined by dots.
-
-    >>> flat({"video": {"fps": 2.0}, "answer": "tagged"})
-    {'video.fps': 2.0, 'answer': 'tagged'}
-    """
-    found: dict = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found

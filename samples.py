@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from readers import VideoError
 from rewards import PARTS, parse_choice, parse_segments
-from video import Geometry, decode_video
 
 MAX_ROWS_TEXT = MAX_IMAGES = 4_000_000  # characters of all rows, and of all frames, that go into one page
 MAX_COMPLETION, MAX_QUESTION, MAX_NAME = 10_000, 2000, 200  # characters of one text
@@ -30,7 +29,6 @@ NUM_FRAMES = 8
 THUMBNAIL = SimpleNamespace(  # a video.VideoSpec
     fps=1, min_frames=NUM_FRAMES, max_frames=NUM_FRAMES, min_pixels=1, max_pixels=160 * 90, total_pixels=10**9
 )
-EVEN_SIDES = Geometry(2, 1, 1, (0.0,) * 3, (1.0,) * 3)
 
 
 class Visit(NamedTuple):
@@ -202,10 +200,13 @@ def frames_of(path: str, start: float, duration: float | None, fps: float | None
 
     With `duration` None, of the whole file from end to end.
     """
+    from video import Geometry, decode_video  # here, so that arguments are read without torch
+
+    even_sides = Geometry(2, 1, 1, (0.0,) * 3, (1.0,) * 3)
     inset = duration / NUM_FRAMES / 2 if duration else 0.0
     clip = (start + inset, start + duration - inset) if duration else None
     try:
-        frames = decode_video(path, THUMBNAIL, EVEN_SIDES, clip, fps)
+        frames = decode_video(path, THUMBNAIL, even_sides, clip, fps)
     except VideoError:
         return []
     found = []

@@ -22,19 +22,24 @@ Time-R1 publishes), whose origin nobody knows. Neither model nor videos are look
 
 import dataclasses
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from arguments import from_command_line, user_errors
+from config import SelectConfig
+
+if __name__ == "__main__":  # here, so that a misspelt key is told before torch is imported, which takes seconds
+    from_command_line(SelectConfig, None, __doc__, "configs/tiny_select.yaml")
+
 import yaml
 from tqdm import tqdm
 
 import config
 from batches import DoneBatches, cut, remove_lines
-from config import SelectConfig
+from checkpoint import write_text
 from data import read_samples
 from environment import code_hash, environment
 from loader import NUM_LISTED, make_workers, read_ahead
@@ -45,7 +50,7 @@ from records import Sample, to_record
 from reward_functions import RewardFunction, load_functions, score_all
 from rewards import parses, task_reward
 from rollout import generate
-from run import UNUSED, Run, config_differences, user_errors, write_text
+from run import UNUSED, Run, config_differences
 from scores import SCORES, check_readable, head_of, lines_of, origin, read_scores
 from selection import Item, check_kept, choose, counts_by_stratum, plot, reason, table
 from selfcheck import check_model, check_ranks
@@ -226,11 +231,10 @@ def select(cfg: SelectConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with user_errors():
-        cfg, _, _ = config.from_command_line(SelectConfig, argv, __doc__, "configs/tiny_select.yaml")
+    cfg, _, _ = from_command_line(SelectConfig, argv, __doc__, "configs/tiny_select.yaml")
     with interruptible(flag=""):
         select(cfg)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

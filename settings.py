@@ -10,8 +10,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 ConfigT = TypeVar("ConfigT")
@@ -22,6 +20,9 @@ def load(config_class: type[ConfigT], paths: list[str] = (), overrides: list[str
 
     Raises ValueError that names file or override, key and the nearest valid key.
     """
+    from omegaconf import OmegaConf  # here and below, so that a config can be made in Python without it
+    from omegaconf.errors import OmegaConfBaseException
+
     merged = OmegaConf.create({})
     for path in paths:
         merged = OmegaConf.merge(merged, _read_yaml(config_class, path))
@@ -44,6 +45,8 @@ def load(config_class: type[ConfigT], paths: list[str] = (), overrides: list[str
 
 def to_yaml(cfg: Any) -> str:
     """The effective configuration as YAML; `load` of it gives an equal object."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(cfg)))
 
 
@@ -56,7 +59,22 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if "=" not in word], [word for word in words if "=" in word]
 
 
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one, keys joined by dots.
+
+    >>> flat({"video": {"fps": 2.0}, "answer": "tagged"})
+    {'video.fps': 2.0, 'answer': 'tagged'}
+    """
+    found: dict = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def _read_yaml(config_class: type, path: str):
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if not Path(path).is_file():
         raise ValueError(f"config file {path} not found")
     try:

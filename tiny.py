@@ -16,7 +16,6 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-import av
 import numpy as np
 from tqdm import tqdm
 
@@ -171,6 +170,8 @@ def render(clip: Clip) -> np.ndarray:
 
 def write_clip(clip: Clip, folder: Path) -> None:
     """Render and encode one clip, as MPEG-4 with one thread: the same clip has the same bytes."""
+    import av  # here, so that the model can be written without it
+
     with av.open(str(folder / clip.name), "w") as container:
         options = {"qmin": "3", "qmax": "5", "threads": "1"}
         stream = container.add_stream("mpeg4", rate=clip.fps, options=options)

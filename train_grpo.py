@@ -14,12 +14,17 @@ import math
 from collections import defaultdict
 from functools import partial
 
+from arguments import from_command_line, user_errors
+from config import GrpoConfig
+
+if __name__ == "__main__":  # here, so that a misspelt key is told before torch is imported, which takes seconds
+    from_command_line(GrpoConfig, None, __doc__, "configs/tiny.yaml")
+
 import torch
 
 import config
 import plan
 from clock import Clock
-from config import GrpoConfig
 from data import read_samples, refill_indices
 from engine import check_batch, check_engine
 from eval import Validator
@@ -33,7 +38,7 @@ from progress import Alarm, batch_rows, print_step, sample_rows, step_metrics
 from prompts import make_builder
 from reward_functions import load_functions
 from rollout import Rollout, generate
-from run import Run, user_errors
+from run import Run
 from selfcheck import check_model, check_ranks
 from signals import interruptible
 
@@ -243,9 +248,9 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
 
 
 def main(argv: list[str] | None = None) -> Run | None:
-    with user_errors():
-        cfg, resume, planned = config.from_command_line(GrpoConfig, argv, __doc__, "configs/tiny.yaml")
-        if planned:
+    cfg, resume, planned = from_command_line(GrpoConfig, argv, __doc__, "configs/tiny.yaml")
+    if planned:
+        with user_errors():
             return plan.show(cfg, planned)
     with interruptible():
         return train(cfg, resume)

@@ -8,12 +8,17 @@ The loss is the mean negative log-prob of the target's tokens (the answer block 
 import math
 from functools import partial
 
+from arguments import from_command_line, user_errors
+from config import SftConfig
+
+if __name__ == "__main__":  # here, so that a misspelt key is told before torch is imported, which takes seconds
+    from_command_line(SftConfig, None, __doc__, "configs/tiny_sft.yaml")
+
 import torch
 
 import config
 import plan
 from clock import Clock
-from config import SftConfig
 from data import read_samples
 from engine import check_batch, check_engine
 from eval import Validator
@@ -24,7 +29,7 @@ from pretrained import load_policy, save_model
 from prompts import Prompt, make_builder, video_means, video_sums
 from records import Sample
 from rewards import format_answer
-from run import Run, user_errors
+from run import Run
 from selfcheck import check_model, check_ranks
 from signals import interruptible
 
@@ -111,9 +116,9 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
 
 
 def main(argv: list[str] | None = None) -> Run | None:
-    with user_errors():
-        cfg, resume, planned = config.from_command_line(SftConfig, argv, __doc__, "configs/tiny_sft.yaml")
-        if planned:
+    cfg, resume, planned = from_command_line(SftConfig, argv, __doc__, "configs/tiny_sft.yaml")
+    if planned:
+        with user_errors():
             return plan.show(cfg, planned, lambda sample: target_text(sample, cfg.prompt.think))
     with interruptible():
         return train(cfg, resume)

@@ -16,14 +16,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pebble.pool.process
-import torch
-from pebble import ProcessExpired, ProcessPool
-
-# its time limits are of the wall clock: one that is set forward would end every call that is under way
-pebble.pool.process.time = SimpleNamespace(time=time.monotonic, sleep=time.sleep)
+if TYPE_CHECKING:
+    from pebble import ProcessPool
 
 NUM_STARTS = 3  # of processes that die before they take a call, until we give up
 
@@ -68,6 +64,8 @@ class Workers:
         """What the call returns, or raises. Raises CallFailed when its process died or took too long."""
         if call.future is None:
             return self.function(*call.args)
+        from pebble import ProcessExpired
+
         for _ in range(NUM_STARTS):
             try:
                 return call.future.result()
@@ -93,8 +91,16 @@ class Workers:
             self._pool.join()
             self._pool = None
         if self._pool is None:
-            self._pool = ProcessPool(self.num, initializer=_prepare, initargs=(self.function,), context=_Context())
+            self._pool = _make_pool(self.num, self.function)
         return self._pool.schedule(_call, args, timeout=self.timeout_s)
+
+
+def _make_pool(num: int, function: Callable) -> "ProcessPool":
+    import pebble.pool.process  # here, so that calls in this process need no pebble
+
+    # its time limits are of the wall clock: one that is set forward would end every call that is under way
+    pebble.pool.process.time = SimpleNamespace(time=time.monotonic, sleep=time.sleep)
+    return pebble.ProcessPool(num, initializer=_prepare, initargs=(function,), context=_Context())
 
 
 class _BareProcess(SpawnProcess):
@@ -117,6 +123,8 @@ class _Context(SpawnContext):
 
 def _prepare(function: Callable) -> None:
     """Runs once in every worker process."""
+    import torch  # here, so that the parent may report without it
+
     global _function
     _function = function
     os.setsid()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import torch
 from bench_prefix import held_bytes, make_policy, score
@@ -201,6 +200,8 @@ WAYS = {"ours": ours, "repeated": repeated}
 
 def write_clip(path: Path, num_frames: int, side: int) -> None:
     """Drifting gradients, so that frames differ and compress as videos do."""
+    import av  # here, so that frames in memory need no decoder
+
     ramp = np.linspace(0, 255, side)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=CLIP_FPS)

@@ -193,7 +193,7 @@ def test_bad_records_are_listed_with_row_and_key_and_the_rest_is_checked(tmp_pat
 def test_times_that_do_not_fit_the_file(tmp_path, monkeypatch, no_pool, record, reason, warning):
     """The file is said to last 20 s; up to 1 s or 5% of that nobody minds."""
     described = dict.fromkeys(manifest_io.FILE_FIELDS) | {"ok": True, "reason": None, "duration": 20.0}
-    monkeypatch.setattr(manifest_io, "check_video", lambda path, fps: described)
+    monkeypatch.setattr("video.check_video", lambda path, fps: described)
     (tmp_path / "v.mp4").touch()
     source, out = write(tmp_path / "a.jsonl", TVG | {"duration": 20.0} | record), tmp_path / "manifest.jsonl"
     assert check(source, "--manifest", out) == bool(reason)
@@ -222,7 +222,7 @@ def test_a_folder_of_frames_is_a_video(world, tmp_path, no_pool):
 def test_one_file_is_opened_once(tmp_path, monkeypatch, no_pool):
     opened = []
     described = {"ok": True, "reason": "", "duration": 10.0}
-    monkeypatch.setattr(manifest_io, "check_video", lambda *file: opened.append(file) or described)
+    monkeypatch.setattr("video.check_video", lambda *file: opened.append(file) or described)
     for name in ("v.mp4", "w.mp4"):
         (tmp_path / name).touch()
     (tmp_path / "frames").mkdir()
@@ -267,7 +267,7 @@ def test_what_cannot_be_checked_at_all_is_one_line(tmp_path, monkeypatch, args, 
 
 
 def test_a_reader_that_dies_or_hangs_is_a_reason(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(manifest_io, "check_video", failing_readers.check_video)
+    monkeypatch.setattr("video.check_video", failing_readers.check_video)
     source = write_data(world, tmp_path / "data", 5, {1: "killed", 3: "hangs"})
     out = tmp_path / "manifest.jsonl"
     assert data.main(["check", source, "--manifest", str(out), "--workers", "2", "--timeout", "3"]) == 1

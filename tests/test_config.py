@@ -249,27 +249,6 @@ def test_a_missing_file_is_named(tmp_path):
     assert message_of([str(tmp_path)]) == f"config file {tmp_path} not found"
 
 
-# ---- command line --------------------------------------------------------------------------------------------------
-
-
-def test_the_command_line_takes_files_flags_and_overrides_in_any_order(tmp_path):
-    a = write(tmp_path / "a.yaml", "run: {seed: 1, steps: 7}\n")
-    b = write(tmp_path / "b.yaml", "run: {seed: 2}\n")
-    for argv in (
-        ["--config", a, b, "loss.beta=0"],
-        ["--config", a, "--config", b, "loss.beta=0"],
-        ["loss.beta=0", "--config", a, b],
-    ):
-        cfg, resume, planned = config.from_command_line(GrpoConfig, argv, "doc", "configs/tiny.yaml")
-        assert (cfg.run.seed, cfg.run.steps, cfg.loss.beta, resume, planned) == (2, 7, 0.0, False, None)
-    cfg, resume, _ = config.from_command_line(
-        GrpoConfig, ["--config", a, "loss.beta=0", "--resume", "run.seed=9"], "doc", "configs/tiny.yaml"
-    )
-    assert (cfg.run.seed, cfg.loss.beta, resume) == (9, 0.0, True)
-    default = load(GrpoConfig, [str(REPO / "configs/tiny.yaml")])
-    assert config.from_command_line(GrpoConfig, [], "doc", "configs/tiny.yaml") == (default, False, None)
-
-
 # ---- the files in configs/ -----------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,9 @@
-"""Imports point one way: the table of who may import whom, and no file that hides a package."""
+"""Imports point one way: the table of who may import whom, no file that hides a package, and packages to do without."""
 
 import ast
 import importlib
 import importlib.machinery
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import REPO
 
 CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "reward_functions", "grpo"}
-CORE |= {"pretrained", "run", "engine", "optim", "selfcheck", "signals", "clock"}
+CORE |= {"pretrained", "run", "engine", "optim", "selfcheck", "signals", "clock", "arguments", "checkpoint"}
 MAY_IMPORT = {
     "train_grpo": CORE | {"eval", "plan", "groups", "progress"},
     "groups": {"config", "grpo", "reward_functions", "rewards", "rollout"},
@@ -24,24 +25,25 @@ MAY_IMPORT = {
     "eval": CORE - {"grpo"} | {"environment", "video", "workers", "batches", "metrics", "compare", "plain"},
     "metrics": {"plain", "rewards"},
     "plain": {"rewards"},
-    "compare": {"metrics", "data", "run"},
+    "compare": {"metrics", "data", "settings"},
     "convert": {"records", "sources"},
     "sources": {"records"},
     "plan": {"config", "costs", "data", "dryrun", "engine", "lengths", "policy", "prompts", "records", "video"},
     "costs": {"config", "dryrun", "engine", "lengths", "optim", "policy", "prompts", "video"},
     "dryrun": {"attention", "config", "policy", "pretrained", "prompts", "rollout"},
     "lengths": {"manifest", "prompts", "readers", "records", "video"},
-    "report": {"compare", "curves", "metrics", "run", "samples"},
+    "report": {"arguments", "checkpoint", "compare", "curves", "metrics", "samples", "settings"},
     "samples": {"readers", "rewards", "video"},
     "curves": set(),
     "timelines": {"rewards"},
     "tiny": {"data", "video"},
+    "arguments": {"config", "metrics", "plain", "settings"},
     "config": {"settings"},
     "settings": set(),
     "rewards": set(),
     "reward_functions": {"rewards"},
     "grpo": set(),
-    "run": {"checkpoint", "engine", "environment", "signals"},
+    "run": {"checkpoint", "engine", "environment", "settings", "signals"},
     "engine": {"checkpoint", "watchdog"},
     "checkpoint": set(),
     "watchdog": set(),
@@ -62,7 +64,7 @@ MAY_IMPORT = {
     "cache": set(),
     "attention": set(),
     "policy": {"attention", "config", "prompts"},
-    "pretrained": {"checkpoint", "config", "policy"},
+    "pretrained": {"arguments", "checkpoint", "config", "policy"},
     "rollout": {"attention", "config", "prompts", "policy", "grpo"},
     "jobs": set(),
     "seeds": {"metrics"},
@@ -72,6 +74,28 @@ FILES = sorted(REPO.glob("*.py"))
 OURS = {path.stem for path in FILES}
 TOPS = {"demo", "ablations", "tiny"}  # nothing imports them
 FREE = {"demo", "ablations"}  # they may import anything, and write the tiny world
+
+
+WITHOUT_A_RUN = """
+import importlib, pathlib, sys
+import numpy as np
+
+sys.modules |= dict.fromkeys(("omegaconf", "decord", "av", "diskcache", "pebble", "deepspeed"))  # as if not installed
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+
+import config, pretrained, prompts, rollout, tiny, video
+from records import Sample
+
+folder = pathlib.Path(sys.argv[1])
+tiny.write_model(folder, seed=0, family="qwen2_5_vl")
+policy = pretrained.load_policy(config.ModelConfig(path=str(folder)))
+spec, wording = config.VideoConfig(), config.PromptConfig()
+builder = prompts.PromptBuilder(policy.tokenizer, video.read_geometry(str(folder)), spec, wording, None)
+frames = video.Frames(np.zeros((4, 3, 28, 56), np.uint8), np.arange(4) / 2, 1.0, 0)
+prompt = builder.prompt(Sample("a", "tvg", "", "When is the red square visible?"), frames)
+rollout.generate(policy, [prompt], policy.embed_each([prompt]), 2, 3, 1)
+"""
 
 
 def imports(path: Path) -> set[str]:
@@ -129,6 +153,13 @@ def test_no_file_hides_a_module(path, monkeypatch):
     importlib.invalidate_caches()
     found = importlib.machinery.PathFinder.find_spec(path.stem, sys.path)
     assert found is None, f"{path.name} hides {found.origin}"
+
+
+def test_a_program_without_a_run_needs_no_package_of_runs_and_files(tmp_path):
+    """A benchmark on a machine that has only torch and Hugging Face's packages imports us, and samples."""
+    command = [sys.executable, "-c", WITHOUT_A_RUN, str(tmp_path / "model"), *sorted(OURS)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_folder_is_plain():

@@ -11,6 +11,7 @@ import convert
 import plan
 import train_grpo
 import train_sft
+from arguments import from_command_line
 from config import GrpoConfig, PlanConfig
 from costs import Launch
 from plan import GIB
@@ -151,11 +152,11 @@ def test_the_command_line(world, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "DDP, 8 processes; 8 videos a step" in text and "fits in 24 GiB" in text
     assert not (tmp_path / "run").exists()
-    _, _, assumed = config.from_command_line(GrpoConfig, [*words, "--plan", "loss.beta=0.0"], "", "")
+    _, _, assumed = from_command_line(GrpoConfig, [*words, "--plan", "loss.beta=0.0"], "", "")
     assert assumed == PlanConfig()
-    cfg, _, assumed = config.from_command_line(GrpoConfig, ["plan.tflops=3", "--plan", "loss.beta=0.5"], "", words[1])
+    cfg, _, assumed = from_command_line(GrpoConfig, ["plan.tflops=3", "--plan", "loss.beta=0.5"], "", words[1])
     assert (cfg.loss.beta, assumed.tflops) == (0.5, 3.0)
-    assert config.from_command_line(GrpoConfig, words, "", "")[2] is None
+    assert from_command_line(GrpoConfig, words, "", "")[2] is None
 
 
 def test_only_the_main_process_prints(world, tmp_path, capsys, monkeypatch):

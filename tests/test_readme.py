@@ -21,6 +21,7 @@ from conftest import REPO, make_cfg, read_jsonl, sft_cfg
 import config
 import train_grpo
 import train_sft
+from arguments import from_command_line
 from attention import make_span, shared_prefix_attention
 from config import EvalRunConfig, GrpoConfig, PlanConfig, SelectConfig, SftConfig
 from costs import read_launch
@@ -151,7 +152,7 @@ def test_a_command_is_one_of_ours_and_loads(clone, words, monkeypatch):
     if (name if name != "eval" else f"eval {arguments[0]}") in CONFIGS:
         config_class = CONFIGS[name if name != "eval" else "eval run"]
         arguments = arguments[1:] if name == "eval" else arguments
-        config.from_command_line(config_class, arguments, "", "configs/tiny.yaml")
+        from_command_line(config_class, arguments, "", "configs/tiny.yaml")
         return
     parse = argparse.ArgumentParser.parse_args
 

@@ -14,7 +14,6 @@ import engine
 import run as run_module
 from checkpoint import write_list
 from environment import environment
-from run import user_errors
 
 # ---- folder --------------------------------------------------------------------------------------------------------
 
@@ -79,13 +78,6 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path, capsys):
     assert (run.dir / "metrics.jsonl").read_text() == "" and not aside.exists()
     with pytest.raises(ValueError, match=r"differs in run\.seed"):
         open_run(tmp_path / "a", YAML.replace("seed: 0", "seed: 1"), resume=True)
-
-
-def test_user_errors_are_one_line_and_others_keep_their_traceback():
-    with pytest.raises(SystemExit, match=r"^error: a key$"), user_errors():
-        raise ValueError("a key")
-    with pytest.raises(ZeroDivisionError), user_errors():
-        raise ZeroDivisionError
 
 
 # ---- metrics and samples -------------------------------------------------------------------------------------------

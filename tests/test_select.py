@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import config
 import select_data
 import train_grpo
+from arguments import from_command_line
 from data import read_samples
 from records import Sample, to_record
 from rewards import parses
@@ -229,7 +230,7 @@ def test_what_is_done_is_not_done_again(whole, model, train, tmp_path, monkeypat
     lines = [json.dumps({"batch": i, "by": by, "rows": batch}) + "\n" for i, batch in enumerate(batches)]
     (tmp_path / "run" / "scores.0.jsonl").write_text(lines[4] + lines[0])
     (tmp_path / "run" / "scores.7.jsonl").write_text(lines[2] + lines[3][:50])
-    cfg, _, _ = config.from_command_line(config.SelectConfig, arguments(tmp_path, model, train), "", "")
+    cfg, _, _ = from_command_line(config.SelectConfig, arguments(tmp_path, model, train), "", "")
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml(cfg))
     scored = []
 
