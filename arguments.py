@@ -100,3 +100,11 @@ def of_merge(argv: list[str] | None, doc: str) -> argparse.Namespace:
     command.add_argument("adapter", help="folder with an adapter_config.json")
     command.add_argument("out", help="folder to write")
     return parser.parse_args(argv)
+
+
+def of_gpu(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """Parse the arguments of benchmarks/gpu.py: `shrink` and `out`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shrink", action="store_true", help="small shapes, for a CPU or to try it out")
+    parser.add_argument("--out", default="runs/gpu", metavar="DIR", help="folder that receives gpu.json")
+    return parser.parse_args(argv)

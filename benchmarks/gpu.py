@@ -15,7 +15,6 @@ An error of attention or of gradients is the norm of the difference over the nor
 code is 1 if an error is larger than what is allowed.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -25,6 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import arguments
+
+if __name__ == "__main__":  # the arguments are read before torch is imported, which takes seconds
+    arguments.of_gpu(None, __doc__)
 
 import torch
 from torch import Tensor, nn
@@ -267,10 +271,7 @@ def check_sampling(sizes: Sizes, device: torch.device, shrink: bool, folder: Pat
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shrink", action="store_true", help="small shapes, for a CPU or to try it out")
-    parser.add_argument("--out", default="runs/gpu", metavar="DIR", help="folder that receives gpu.json")
-    args = parser.parse_args(argv)
+    args = arguments.of_gpu(argv, __doc__)
     if not (args.shrink or torch.cuda.is_available()):
         raise SystemExit("error: torch finds no NVIDIA GPU here; --shrink runs small shapes on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -278,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         more = (args.shrink, Path(folder))
-        for run_part, arguments in ((check_attention, ()), (check_packed, more), (check_sampling, more)):
-            for check in run_part(sizes, device, *arguments):
+        for run_part, rest in ((check_attention, ()), (check_packed, more), (check_sampling, more)):
+            for check in run_part(sizes, device, *rest):
                 checks.append(check)
                 mark = "ok" if check.passed else "FAILED"
                 row = f"{check.part:<10} {check.name:<75} {check.error:8.2g} of {check.allowed:8.2g}  {mark}"

@@ -28,6 +28,7 @@ OTHERS = {  # a command line with a misspelt option, and the end of what is said
     "report.py": ("a --wacht 10", "unrecognized arguments: --wacht 10"),
     "pretrained.py merge": ("a b --otu c", "unrecognized arguments: --otu c"),
     "tiny.py": ("--sede 1", "unrecognized arguments: --sede 1"),
+    "benchmarks/gpu.py": ("--shirnk", "unrecognized arguments: --shirnk"),
     "demo.py": ("--sede 1", "unrecognized arguments: --sede 1"),
     "ablations.py": ("--qiuck", "unrecognized arguments: --qiuck"),
 }
