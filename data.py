@@ -13,7 +13,8 @@ import math
 import os
 import random
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -223,23 +224,30 @@ def batch_indices(
     seed: int,
     first_epoch: int = 0,
     difficulty: np.ndarray | None = None,
+    order_of: Callable[[int], np.ndarray] | None = None,
 ) -> list[int]:
-    """Indices of step `step` (from 0): every epoch is a permutation of its own, and batches run on across epochs.
+    """Indices of step `step` (from 0): every epoch has an order of its own, and batches run on across epochs.
 
-    Step 0 begins the epoch `first_epoch`. With the `difficulty` of each sample every epoch goes from easy to hard, its
-    permutation deciding between equals.
+    Step 0 begins the epoch `first_epoch`. `order_of(epoch)` gives what `epoch_order` makes of the other arguments, for
+    a caller that keeps it: making it takes as long as there are samples.
 
     >>> sorted(batch_indices(4, 3, 0, seed=7) + batch_indices(4, 3, 1, seed=7)[:1])
     [0, 1, 2, 3]
     >>> batch_indices(3, 4, 0, seed=7, difficulty=np.array([0.5, 0.9, 0.1]))
     [2, 0, 1, 2]
     """
-    places = range(step * batch_size, (step + 1) * batch_size)
-    orders = {}
-    for epoch in {place // num_samples for place in places}:
-        order = np.random.default_rng((seed, first_epoch + epoch)).permutation(num_samples)
-        orders[epoch] = order if difficulty is None else order[np.argsort(difficulty[order], kind="stable")]
-    return [int(orders[place // num_samples][place % num_samples]) for place in places]
+    order_of = order_of or cache(partial(epoch_order, num_samples, seed, difficulty=difficulty))
+    places = (divmod(place, num_samples) for place in range(step * batch_size, (step + 1) * batch_size))
+    return [int(order_of(first_epoch + epoch)[place]) for epoch, place in places]
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, difficulty: np.ndarray | None = None) -> np.ndarray:
+    """All indices in the order of an epoch: a permutation of its own.
+
+    With the `difficulty` of each sample it goes from easy to hard, the permutation deciding between equals.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_samples)
+    return order if difficulty is None else order[np.argsort(difficulty[order], kind="stable")]
 
 
 def difficulties(samples: Sequence[Sample]) -> np.ndarray:

@@ -84,8 +84,10 @@ def collect_groups(
         totals_NG, earned_NG, right_NG, tokens_NG = torch.cat(numbers).unbind(2)
         alive_N = is_alive(earned_NG, tokens_NG, cfg)
         num_missing = cfg.data.batch_size - int(alive_N.sum())
-        wanted = refill_indices(len(loader.samples), batch.taken, num_missing, step, num_refills + 1, cfg.run.seed)
-        if num_refills == cfg.group.max_refills or not wanted:
+        wanted = []
+        if num_missing and num_refills < cfg.group.max_refills:
+            wanted = refill_indices(len(loader.samples), batch.taken, num_missing, step, num_refills + 1, cfg.run.seed)
+        if not wanted:
             loader.order.visited(indices, alive_N.tolist())
             rollout = Rollout.join(rollouts)
             return Groups(rollout, video_embeds, rewards, own, totals_NG, earned_NG, right_NG, tokens_NG, num_refills)
