@@ -209,7 +209,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)
         check_ranks(raw, samples, cfg, run)
-        builder = make_builder(cfg, raw.tokenizer)
+        builder = make_builder(cfg, raw.tokenizer, raw.device)
         workers = make_workers(builder, cfg.data)
         validator = Validator(cfg, builder, workers, run)
         clock = Clock(run.engine.phase)
@@ -238,6 +238,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
             if run.is_main:
                 print_step(step + 1, metrics, rows, warnings, cfg.run, run)
             run.check_finite(step + 1, partial(batch_rows, groups, cfg, step + 1))
+            del groups  # the next step needs the memory of its videos' patches
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state | loader.order.state | alarm.state)
     run.finish(lambda folder, weights: save_model(raw, folder, cfg.model.path, weights))
