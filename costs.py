@@ -9,16 +9,18 @@ bytes, with N parameters of b bytes each (the reference's are N more), T of them
     ZeRO-2       b N        4 T / W      12 T / W: float32       b x reduce_bucket_size, while gradients are reduced
     ZeRO-3       b N / W    4 T / W      weights and AdamW       b x (that + stage3_max_live_parameters)
 
-While ZeRO-3 samples, the weights are there whole as well. What is offloaded is on the host. Nothing to run.
+While ZeRO-3 samples, the weights are there whole as well. What is offloaded is on the host. The patches of a step's
+videos are on the device from the first phase to the last; with group.max_refills those of every round, as if all groups
+of the rounds before were dead. Nothing to run.
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -128,14 +130,14 @@ class Case:
         """They come one by one as activations go: with a second micro-batch they are there from the start."""
         return not self.launch.stage and self.share <= self.cfg.data.micro_batch_size
 
-    @cached_property
-    def prompt(self) -> Prompt:
+    def prompts(self, num: int) -> list[Prompt]:
+        """So many prompts, each with its video's patches."""
         vision, length = self.model.vision_config, self.length
-        values = 3 * vision.temporal_patch_size * vision.patch_size**2
-        patches = torch.empty(int(np.prod(length.grid_thw)), values, device=META)
-        video = Video(patches, length.grid_thw, 1.0, [], length.video, 0)
+        size = math.prod(length.grid_thw), 3 * vision.temporal_patch_size * vision.patch_size**2
+        patches = [torch.empty(size, device=META) for _ in range(num)]
         ids = [0] * length.before + [self.model.video_token_id] * length.video + [0] * length.after
-        return Prompt(length.sample, ids, length.before, video)
+        videos = [Video(x, length.grid_thw, 1.0, [], length.video, 0) for x in patches]
+        return [Prompt(length.sample, ids, length.before, video) for video in videos]
 
     def _dry_run(self) -> DryRun:
         return DryRun(self.speed, self.device, self.capability)
@@ -184,18 +186,19 @@ class Case:
     @cached_property
     def run(self) -> tuple[dict[str, Phase], int]:
         """The phases of a step on one device, and the bytes of the KV cache at its largest."""
-        cfg, policy, prompt, run, cache = self.cfg, self.policy, self.prompt, self._dry_run(), 0
-        is_grpo, num = isinstance(cfg, GrpoConfig), min(cfg.data.micro_batch_size, self.share)
-        call = Call([prompt] * num, (), 1, self.num_new, self.share / num)
+        cfg, policy, run, cache, share = self.cfg, self.policy, self._dry_run(), 0, self.share
+        is_grpo, num = isinstance(cfg, GrpoConfig), min(cfg.data.micro_batch_size, share)
         entropy_grad = False
         with run:
+            prompts = self.prompts(share * (1 + cfg.group.max_refills) if is_grpo else share)
+            call = Call(prompts[:num], (), 1, self.num_new, share / num)
             if is_grpo:
                 run.begin("vision")
-                embeds = policy.embed_each([prompt] * self.share)
-                some = min(cfg.rollout.micro_batch_size, self.share)
-                prompts = [prompt] * some
+                embeds = policy.embed_each(prompts[:share])
+                some = min(cfg.rollout.micro_batch_size, share)
                 group_size = cfg.rollout.group_size
-                cache = sample(run, policy, Call(prompts, embeds[:some], group_size, self.num_new, self.share / some))
+                sampled = Call(prompts[:some], embeds[:some], group_size, self.num_new, share / some)
+                cache = sample(run, policy, sampled)
                 frozen = policy.vision_is_frozen
                 call = replace(call, embeds=embeds[:num] if frozen else (), group_size=group_size)
                 entropy_grad = cfg.loss.entropy != 0
@@ -205,19 +208,20 @@ class Case:
             update(run, policy, call, entropy_grad, self.keeps_gradients)
         for p in policy.parameters():
             p.grad = None
-        phases = run.phases | {"optimizer": self.state[1]}
+        patches, optimizer = sum(prompt.video.patches.nbytes for prompt in prompts), self.state[1]
+        phases = run.phases | {"optimizer": replace(optimizer, held=patches, peak=patches + optimizer.peak)}
         if cfg.data.validation and cfg.eval.every:
-            phases["validation"] = Phase(peak=self._validation())
+            phases["validation"] = Phase(held=patches, peak=patches + self._validation())
         return phases, cache
 
     def _validation(self) -> int:
         """Bytes at the most, of greedy answers to as many prompts as `eval` asks at a time."""
-        cfg, policy, prompt, run = self.cfg.eval, self.policy, self.prompt, self._dry_run()
+        cfg, policy, run = self.cfg.eval, self.policy, self._dry_run()
         num = min(cfg.batch_size, -(-(cfg.num_samples or cfg.batch_size) // self.launch.processes))
         with run:
             run.begin("vision")
-            embeds = policy.embed_each([prompt] * num)
-            sample(run, policy, Call([prompt] * num, embeds, 1, cfg.max_new_tokens, 1))
+            prompts = self.prompts(num)
+            sample(run, policy, Call(prompts, policy.embed_each(prompts), 1, cfg.max_new_tokens, 1))
         return max(phase.peak for phase in run.phases.values())
 
     @cached_property

@@ -13,7 +13,8 @@ import math
 import os
 import random
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _subset(samples: list[Sample], strategy: str, where: str, seed: int) -> list
 
 def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | None, need_videos: bool) -> list[Sample]:
     samples, clamped, dropped, missing = [], 0, 0, []
-    for row, record, outside in _records(path, folder):
+    for row, record, outside, is_there in _records(path, folder):
         if known is not None and known.drops(f"{path.name}:{row}", record):
             continue
         if isinstance(record, BadRecord):
@@ -132,7 +133,7 @@ def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | Non
             dropped += 1
         else:
             samples.append(record)
-            if need_videos and _mode(record.video) is None:
+            if need_videos and not is_there:
                 missing.append(f"{record.video} ({path}:{row})")
     if missing and known is None:  # a file that was there at the check is replaced when its turn comes
         raise FileNotFoundError(
@@ -144,21 +145,24 @@ def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | Non
     return samples
 
 
-def _records(path: Path, folder: Path) -> Iterator[tuple[int, "Sample | BadRecord", list | None]]:
-    """Every row of a file: its number from 1, what it is, and its segments as they were if they had to be clamped."""
+def _records(path: Path, folder: Path) -> Iterator[tuple[int, "Sample | BadRecord", list | None, bool]]:
+    """Every row of a file: its number from 1, what it is, its segments as they were if they had to be clamped.
+
+    The last value says whether the video is there.
+    """
     for row, record in _rows(path):
         if isinstance(record, BadRecord):
-            yield row, record, None
+            yield row, record, None, False
             continue
         try:
             if "problem" in record:
                 record = from_temporal_r1(record, path.stem, row)
             sample, outside = to_sample(record, folder)
-            _check_kind(sample)
-            yield row, sample, record["segments"] if outside else None
+            is_there = _check_kind(sample)
+            yield row, sample, record["segments"] if outside else None, is_there
         except BadRecord as error:
             error.id = record["id"] if isinstance(record.get("id"), str) else None
-            yield row, error, None
+            yield row, error, None, False
 
 
 def _rows(path: Path) -> Iterator[tuple[int, "dict | BadRecord"]]:
@@ -200,20 +204,17 @@ def _is_unicode(record: dict) -> bool:
         return False
 
 
-def _mode(path: str) -> int | None:
-    """The mode bits of a file or folder; None where it is not there."""
+def _check_kind(sample: Sample) -> bool:
+    """Whether the video is there. Raises BadRecord where it is a file and a folder is described, or the reverse."""
     try:
-        return os.stat(path).st_mode
+        mode = os.stat(sample.video).st_mode
     except (OSError, ValueError):
-        return None
-
-
-def _check_kind(sample: Sample) -> None:
-    mode = _mode(sample.video)
-    if mode is not None and stat.S_ISDIR(mode) and sample.fps is None:
+        return False
+    if stat.S_ISDIR(mode) and sample.fps is None:
         raise BadRecord("video is a folder of frames: fps is missing")
-    if mode is not None and stat.S_ISREG(mode) and sample.fps is not None:
+    if stat.S_ISREG(mode) and sample.fps is not None:
         raise BadRecord("fps is for a folder of frames, but video is a file")
+    return True
 
 
 def batch_indices(
@@ -223,23 +224,30 @@ def batch_indices(
     seed: int,
     first_epoch: int = 0,
     difficulty: np.ndarray | None = None,
+    order_of: Callable[[int], np.ndarray] | None = None,
 ) -> list[int]:
-    """Indices of step `step` (from 0): every epoch is a permutation of its own, and batches run on across epochs.
+    """Indices of step `step` (from 0): every epoch has an order of its own, and batches run on across epochs.
 
-    Step 0 begins the epoch `first_epoch`. With the `difficulty` of each sample every epoch goes from easy to hard, its
-    permutation deciding between equals.
+    Step 0 begins the epoch `first_epoch`. `order_of(epoch)` gives what `epoch_order` makes of the other arguments, for
+    a caller that keeps it: making it takes as long as there are samples.
 
     >>> sorted(batch_indices(4, 3, 0, seed=7) + batch_indices(4, 3, 1, seed=7)[:1])
     [0, 1, 2, 3]
     >>> batch_indices(3, 4, 0, seed=7, difficulty=np.array([0.5, 0.9, 0.1]))
     [2, 0, 1, 2]
     """
-    places = range(step * batch_size, (step + 1) * batch_size)
-    orders = {}
-    for epoch in {place // num_samples for place in places}:
-        order = np.random.default_rng((seed, first_epoch + epoch)).permutation(num_samples)
-        orders[epoch] = order if difficulty is None else order[np.argsort(difficulty[order], kind="stable")]
-    return [int(orders[place // num_samples][place % num_samples]) for place in places]
+    order_of = order_of or cache(partial(epoch_order, num_samples, seed, difficulty=difficulty))
+    places = (divmod(place, num_samples) for place in range(step * batch_size, (step + 1) * batch_size))
+    return [int(order_of(first_epoch + epoch)[place]) for epoch, place in places]
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, difficulty: np.ndarray | None = None) -> np.ndarray:
+    """All indices in the order of an epoch: a permutation of its own.
+
+    With the `difficulty` of each sample it goes from easy to hard, the permutation deciding between equals.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(num_samples)
+    return order if difficulty is None else order[np.argsort(difficulty[order], kind="stable")]
 
 
 def difficulties(samples: Sequence[Sample]) -> np.ndarray:
@@ -283,7 +291,7 @@ def records_of(source: str, videos: str | None = None) -> list[tuple[str, Sample
         paths = sorted(Path(folder) / name for folder, _, names in os.walk(root) for name in names)
         return [("", Sample(str(path.relative_to(root)), "", str(path), "")) for path in paths]
     files = dict.fromkeys((file, folder) for file, folder, _, _ in _sources(source, videos))
-    return [(f"{file.name}:{row}", record) for file, folder in files for row, record, _ in _records(file, folder)]
+    return [(f"{file.name}:{row}", record) for file, folder in files for row, record, *_ in _records(file, folder)]
 
 
 def mark_repeated(records: Sequence[tuple[str, Sample | BadRecord]]) -> list[tuple[str, Sample | BadRecord]]:

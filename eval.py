@@ -73,19 +73,32 @@ def predict(
     samples = [sample for batch in batches for sample in batch]
     loaded = read_ahead(samples, builder, workers, cfg.batch_size + 2 * workers.num)
     for batch in batches:
-        results = list(islice(loaded, len(batch)))
-        prompts = [result for result in results if isinstance(result, Prompt)]
-        asked = prompts or ([stand_in] if stand_in else [])
-        answers = iter(_answers(policy, asked, cfg, num_answers, seed, stand_in is not None) if asked else ())
-        rows = []
-        for sample, result in zip(batch, results, strict=True):
-            if isinstance(result, VideoError):
-                rows.append(prediction(sample, [""] * num_answers, cfg.answer) | {"error": str(result)})
-                continue
-            texts, used = next(answers)
-            used |= {"video_tokens": result.video.num_tokens, "frames_cut": result.video.frames_cut}
-            rows.append(prediction(sample, texts, cfg.answer) | used)
-        yield rows
+        yield _predict_batch(policy, batch, islice(loaded, len(batch)), cfg, num_answers, seed, stand_in)
+
+
+def _predict_batch(
+    policy: Policy,
+    batch: Sequence[Sample],
+    loaded: Iterator[Prompt | VideoError],
+    cfg,
+    num_answers: int,
+    seed: int | None,
+    stand_in: Prompt | None,
+) -> list[dict]:
+    """The rows of one batch. Its prompts are made here and end here: their patches take memory on the device."""
+    results = list(loaded)
+    prompts = [result for result in results if isinstance(result, Prompt)]
+    asked = prompts or ([stand_in] if stand_in else [])
+    answers = iter(_answers(policy, asked, cfg, num_answers, seed, stand_in is not None) if asked else ())
+    rows = []
+    for sample, result in zip(batch, results, strict=True):
+        if isinstance(result, VideoError):
+            rows.append(prediction(sample, [""] * num_answers, cfg.answer) | {"error": str(result)})
+            continue
+        texts, used = next(answers)
+        used |= {"video_tokens": result.video.num_tokens, "frames_cut": result.video.frames_cut}
+        rows.append(prediction(sample, texts, cfg.answer) | used)
+    return rows
 
 
 def _answers(
@@ -178,7 +191,7 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
         check_ranks(policy, samples, cfg, run)
         by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
         answered = DoneBatches(run, "answers", cut(samples, cfg.eval.batch_size), head_of, by)
-        builder = make_builder(cfg, policy.tokenizer)
+        builder = make_builder(cfg, policy.tokenizer, policy.device)
     with run.engine.phase("answers"):
         _answer_all(answered, policy, builder, cfg, run)
     rows = answered.gather()

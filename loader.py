@@ -10,10 +10,11 @@ Only a video that fails now and then (a time limit on a busy machine) can make t
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from tqdm import tqdm
 
-from data import batch_indices, difficulties, spare_indices
+from data import batch_indices, difficulties, epoch_order, spare_indices
 from prompts import Prompt, PromptBuilder
 from records import Sample
 from video import Frames, VideoError
@@ -91,8 +92,8 @@ class Order:
         return self.start + -(-num_epochs * len(self.samples) // batch_size) if num_epochs else self.cfg.run.steps
 
     def indices(self, step: int) -> list[int]:
-        data, since = self.cfg.data, step - self.start
-        return batch_indices(len(self.samples), data.batch_size, since, self.cfg.run.seed, self.epoch, self.difficulty)
+        size, seed = self.cfg.data.batch_size, self.cfg.run.seed
+        return batch_indices(len(self.samples), size, step - self.start, seed, self.epoch, order_of=self._order_of)
 
     def visited(self, indices: Sequence[int], alive: Sequence[bool]) -> None:
         """Take note of which groups were alive; the last visit of a sample counts."""
@@ -120,7 +121,9 @@ class Order:
 
     def _use(self, samples: list[Sample]) -> None:
         self.samples = samples
-        self.difficulty = difficulties(samples) if self.cfg.data.order == "curriculum" else None
+        difficulty = difficulties(samples) if self.cfg.data.order == "curriculum" else None
+        # steps are asked for in their order, so an epoch and the next one are all that is needed again
+        self._order_of = lru_cache(2)(partial(epoch_order, len(samples), self.cfg.run.seed, difficulty=difficulty))
 
 
 class Loader:
@@ -136,7 +139,7 @@ class Loader:
         self.state = {name: run.state.get(name, 0) for name in ("num_asked", "num_bad")}
         self.bad = {row["id"]: row for row in run.rows(BAD_SAMPLES)}  # their rows in that file, by id
         self.num_replaced = 0
-        self._ahead: dict[int, list[Call]] = {}  # started calls of coming steps, by step
+        self._ahead: dict[int, tuple[list[int], list[Call | None]]] = {}  # indices and started calls of coming steps
         share = cfg.data.batch_size // run.engine.world_size
         self._num_steps_ahead = max(1, -(-2 * workers.num // share))
 
@@ -154,8 +157,10 @@ class Loader:
             tqdm.write(f"step {step + 1}: {left} (data.refilter_every)", file=sys.stderr)
         for coming in range(step, min(step + 1 + self._num_steps_ahead, self.cfg.run.steps, self.order.end)):
             if coming not in self._ahead:
-                self._ahead[coming] = self._start_share(self.order.indices(coming))
-        return self._load(step, 0, self.order.indices(step), [], self._ahead.pop(step))
+                wanted = self.order.indices(coming)
+                self._ahead[coming] = wanted, self._start_share(wanted)
+        wanted, calls = self._ahead.pop(step)
+        return self._load(step, 0, wanted, [], calls)
 
     def peek(self, step: int) -> list[Sample]:
         """The samples of step `step`, then all others, without those that could not be read; nothing is counted."""
@@ -183,7 +188,7 @@ class Loader:
     def _load(self, step: int, refill: int, wanted: list[int], taken: list[int], calls: list[Call | None]) -> Round:
         """Read this process's places; while some fail, on any process, all give them the next spares and go on."""
         places, num_own = self._share(len(wanted))
-        spares = iter(spare_indices(len(self.samples), [*taken, *wanted], step, refill, self.cfg.run.seed))
+        asked, spares = [*taken, *wanted], None
         prompts: list[Prompt | None] = [None] * len(places)
         coming = dict(enumerate(wanted))  # what is to be read now, by place
         indices = list(wanted)
@@ -197,6 +202,8 @@ class Loader:
                 return Round(prompts, places[:num_own], len(wanted), taken, before, indices)
             replaced |= {row["place"] for row in failed}
             self._note(step + 1, failed)
+            if spares is None:  # only now: most steps need none, and they are as many as there are samples
+                spares = iter(spare_indices(len(self.samples), asked, step, refill, self.cfg.run.seed))
             coming = dict(zip((row["place"] for row in failed), spares))
             for place, index in coming.items():
                 indices[place] = index

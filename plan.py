@@ -283,7 +283,8 @@ def report(found: Plan, cfg: GrpoConfig | SftConfig, assumed: PlanConfig) -> str
 
 
 def _verdict(found: Plan, cfg: GrpoConfig | SftConfig, assumed: PlanConfig) -> Iterator[str]:
-    activations = f"{_gib(found.longest['head'].held)} GiB of activations are kept for backward"
+    kept = found.longest["head"].held - found.longest["forward"].held
+    activations = f"{_gib(kept)} GiB of activations are kept for backward"
     yield activations + (f"; the KV cache grows to {_gib(found.cache)} GiB" if found.cache else "")
     sampled = f", {found.sampled_tokens:,.0f} tokens sampled" if found.sampled_tokens else ""
     yield (

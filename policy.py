@@ -148,8 +148,11 @@ class Policy(nn.Module):
         return nullcontext() if self.adapter is None else self.adapter.disable_adapter()
 
     def embed_videos(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Run the vision tower once over all videos; (sum of their tokens, H) in the order of the prompts."""
-        patches = torch.cat([prompt.video.patches for prompt in prompts]).to(self.device)
+        """Run the vision tower once over all videos; (sum of their tokens, H) in the order of the prompts.
+
+        Their patches are on the policy's device, see prompts.make_builder.
+        """
+        patches = torch.cat([prompt.video.patches for prompt in prompts])
         grids = torch.tensor([prompt.video.grid_thw for prompt in prompts], device=self.device)
         return torch.cat(self.model.model.get_video_features(patches, grids).pooler_output)
 

@@ -51,12 +51,20 @@ class PromptBuilder:
     """Samples to prompts, with one video specification and one prompt wording for training and evaluation alike.
 
     `decode(sample)` is the expensive half, and can be sent to another process; `prompt(sample, frames)` is the other.
+    The patches of a prompt's video are on `device`, where they take memory as long as the prompt lives.
     """
 
     def __init__(
-        self, tokenizer, geometry: Geometry, video: VideoConfig, prompt: PromptConfig, cache: FrameCache | None
+        self,
+        tokenizer,
+        geometry: Geometry,
+        video: VideoConfig,
+        prompt: PromptConfig,
+        cache: FrameCache | None,
+        device="cpu",
     ):
         self.tokenizer, self.geometry, self.video, self.wording = tokenizer, geometry, video, prompt
+        self.device = device
         self.decode = partial(decode_sample, video=video, geometry=geometry, cache=cache)
 
     def __call__(self, sample: Sample) -> Prompt:
@@ -65,7 +73,7 @@ class PromptBuilder:
 
     def prompt(self, sample: Sample, frames: Frames) -> Prompt:
         """Lay out the prompt of a sample whose video is decoded."""
-        video = to_video(frames, self.geometry)
+        video = to_video(frames, self.geometry, self.device)
         video = replace(video, second_per_grid=time_step(video.second_per_grid, self.video.time_step))
         before, pad, after = self.text_ids(sample)
         return Prompt(sample, before + [pad] * video.num_tokens + after, len(before), video)
@@ -90,10 +98,13 @@ class PromptBuilder:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def make_builder(cfg, tokenizer) -> PromptBuilder:
-    """The prompt builder of a whole config; raises ValueError when the model folder has no preprocessor file."""
+def make_builder(cfg, tokenizer, device) -> PromptBuilder:
+    """The prompt builder of a whole config, for a policy on `device`.
+
+    Raises ValueError when the model folder has no preprocessor file.
+    """
     cache = FrameCache(cfg.data.cache_dir, cfg.data.cache_gib) if cfg.data.cache_dir else None
-    return PromptBuilder(tokenizer, read_geometry(cfg.model.path), cfg.video, cfg.prompt, cache)
+    return PromptBuilder(tokenizer, read_geometry(cfg.model.path), cfg.video, cfg.prompt, cache, device)
 
 
 def video_sums(prompts: Sequence[Prompt]) -> dict[str, float]:

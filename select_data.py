@@ -98,13 +98,24 @@ def score_batches(
     samples = [sample for batch in batches for sample in batch]
     loaded = read_ahead(samples, builder, workers, cfg.rollout.micro_batch_size + 2 * workers.num)
     for batch in batches:
-        results = list(islice(loaded, len(batch)))
-        prompts = [result for result in results if isinstance(result, Prompt)]
-        scored = iter(score_prompts(policy, prompts, functions, cfg) if prompts else ())
-        yield [
-            head_of(sample) | ({"error": str(result)} if isinstance(result, VideoError) else next(scored))
-            for sample, result in zip(batch, results, strict=True)
-        ]
+        yield _score_batch(policy, batch, islice(loaded, len(batch)), functions, cfg)
+
+
+def _score_batch(
+    policy: Policy,
+    batch: Sequence[Sample],
+    loaded: Iterator[Prompt | VideoError],
+    functions: Sequence[RewardFunction],
+    cfg: SelectConfig,
+) -> list[dict]:
+    """The rows of one batch. Its prompts are made here and end here: their patches take memory on the device."""
+    results = list(loaded)
+    prompts = [result for result in results if isinstance(result, Prompt)]
+    scored = iter(score_prompts(policy, prompts, functions, cfg) if prompts else ())
+    return [
+        head_of(sample) | ({"error": str(result)} if isinstance(result, VideoError) else next(scored))
+        for sample, result in zip(batch, results, strict=True)
+    ]
 
 
 def score_prompts(
@@ -146,7 +157,7 @@ def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> Non
         check_ranks(policy, samples, cfg, run)
         by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
         scores = DoneBatches(run, "scores", cut(samples, cfg.rollout.micro_batch_size), head_of, by)
-        builder = make_builder(cfg, policy.tokenizer)
+        builder = make_builder(cfg, policy.tokenizer, policy.device)
     done: list[dict] = []
     shares: Counter[str] = Counter()
     with make_workers(builder, cfg.data) as workers, run.engine.phase("scores"):

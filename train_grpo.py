@@ -89,8 +89,10 @@ def collect_groups(
         totals_NG, earned_NG, right_NG, tokens_NG = torch.cat(numbers).unbind(2)
         alive_N = is_alive(earned_NG, tokens_NG, cfg)
         num_missing = cfg.data.batch_size - int(alive_N.sum())
-        wanted = refill_indices(len(loader.samples), batch.taken, num_missing, step, num_refills + 1, cfg.run.seed)
-        if num_refills == cfg.group.max_refills or not wanted:
+        wanted = []
+        if num_missing and num_refills < cfg.group.max_refills:
+            wanted = refill_indices(len(loader.samples), batch.taken, num_missing, step, num_refills + 1, cfg.run.seed)
+        if not wanted:
             loader.order.visited(indices, alive_N.tolist())
             rollout = Rollout.join(rollouts)
             return Groups(rollout, video_embeds, rewards, own, totals_NG, earned_NG, right_NG, tokens_NG, num_refills)
@@ -212,7 +214,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)
         check_ranks(raw, samples, cfg, run)
-        builder = make_builder(cfg, raw.tokenizer)
+        builder = make_builder(cfg, raw.tokenizer, raw.device)
         workers = make_workers(builder, cfg.data)
         validator = Validator(cfg, builder, workers, run)
         clock = Clock(run.engine.phase)
@@ -241,6 +243,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
             if run.is_main:
                 print_step(step + 1, metrics, rows, warnings, cfg.run, run)
             run.check_finite(step + 1, partial(batch_rows, groups, cfg, step + 1))
+            del groups  # the next step needs the memory of its videos' patches
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state | loader.order.state | alarm.state)
     run.finish(lambda folder, weights: save_model(raw, folder, cfg.model.path, weights))

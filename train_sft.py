@@ -84,7 +84,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
         check_batch(cfg.data.batch_size, run.engine.world_size)
         raw = load_policy(cfg.model).to(run.engine.device)
         check_ranks(raw, samples, cfg, run)
-        builder = make_builder(cfg, raw.tokenizer)
+        builder = make_builder(cfg, raw.tokenizer, raw.device)
         workers = make_workers(builder, cfg.data)
         validator = Validator(cfg, builder, workers, run)
         clock = Clock(run.engine.phase)
@@ -109,6 +109,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
             metrics |= validator(step + 1, raw) | clock.read()
             run.log(step + 1, metrics)
             run.check_finite(step + 1, partial(batch_rows, prompts, targets, step + 1))
+            del prompts  # the next step needs the memory of their videos' patches
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state)
     run.finish(lambda folder, weights: save_model(raw, folder, cfg.model.path, weights))

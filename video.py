@@ -81,7 +81,7 @@ class Frames:
 class Video:
     """A video as the model takes it: N patches of D = 3 * temporal_patch_size * patch_size**2 values."""
 
-    patches: torch.Tensor  # (N, D) float32, normalised
+    patches: torch.Tensor  # (N, D) float32, normalised, on the device that they were made on
     grid_thw: tuple[int, int, int]  # patches along time, height, width
     second_per_grid: float  # seconds between temporal grid steps
     frame_times: list[float]  # seconds from the start of the clip, (F,)
@@ -265,7 +265,7 @@ def resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def patchify(frames: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """Normalised patches in the order of Qwen2-VL: (F, 3, h, w) uint8 to (N, D) float32.
+    """Normalised patches in the order of Qwen2-VL: (F, 3, h, w) uint8 to (N, D) float32, on the device of the frames.
 
     Rows run over time, then squares of merge_size x merge_size patches, then inside the square; a row holds
     channel, frame, y, x. A last temporal patch that is not full repeats the last frame. Raises RuntimeError
@@ -281,8 +281,11 @@ def patchify(frames: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     f, c, h, w = frames.shape
     split = (f // step, step, c, h // geometry.factor, merge, size, w // geometry.factor, merge, size)
     blocks = frames.view(split).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, H, W, merge, merge, c, step, y, x
-    mean, std = torch.tensor([geometry.image_mean, geometry.image_std])[..., None] * 255
-    patches = torch.from_numpy(np.empty(blocks.shape, np.float32))  # NumPy asks for huge pages: twice as fast
+    mean, std = torch.tensor([geometry.image_mean, geometry.image_std], device=frames.device)[..., None] * 255
+    if frames.device.type == "cpu":  # NumPy asks for huge pages: twice as fast
+        patches = torch.from_numpy(np.empty(blocks.shape, np.float32))
+    else:
+        patches = torch.empty(blocks.shape, device=frames.device)
     return patches.copy_(blocks).view(-1, c, step * size * size).sub_(mean).div_(std).flatten(1)
 
 
@@ -361,11 +364,12 @@ def decode_video(
     return Frames(*stored[:2], float(stored[2]), int(stored[3]))
 
 
-def to_video(frames: Frames, geometry: Geometry) -> Video:
-    """Patches and grid of decoded frames."""
+def to_video(frames: Frames, geometry: Geometry, device: torch.device | str = "cpu") -> Video:
+    """Patches and grid of decoded frames, which go to `device` as they are: their patches are four times as large."""
     num_frames, _, h, w = frames.frames.shape
     grid_thw = (num_frames // geometry.temporal_patch_size, h // geometry.patch_size, w // geometry.patch_size)
-    patches, num_tokens = patchify(torch.from_numpy(frames.frames), geometry), geometry.num_tokens(grid_thw)
+    patches = patchify(torch.from_numpy(frames.frames).to(device), geometry)
+    num_tokens = geometry.num_tokens(grid_thw)
     return Video(patches, grid_thw, frames.second_per_grid, frames.times.tolist(), num_tokens, frames.frames_cut)
 
 
@@ -376,9 +380,10 @@ def load_video(
     clip: Clip | None = None,
     cache: FrameCache | None = None,
     fps: float | None = None,
+    device: torch.device | str = "cpu",
 ) -> Video:
     """Patches of a video: `decode_video`, then `to_video`."""
-    return to_video(decode_video(path, spec, geometry, clip, fps, cache), geometry)
+    return to_video(decode_video(path, spec, geometry, clip, fps, cache), geometry, device)
 
 
 def check_video(path: str | os.PathLike, fps: float | None = None) -> dict[str, str | bool | int | float | None]:

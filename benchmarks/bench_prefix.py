@@ -70,7 +70,7 @@ def make_inputs(
     generator, steps = torch.Generator().manual_seed(0), (num_prompt - 22) // 16
     if steps < 1:
         raise SystemExit(f"error: --sizes: a prompt needs at least 38 tokens, got {num_prompt}")
-    patches = torch.randn(steps * 8 * 8, 3 * 2 * 14 * 14, generator=generator)
+    patches = torch.randn(steps * 8 * 8, 3 * 2 * 14 * 14, generator=generator).to(policy.device)
     video = Video(patches, (steps, 8, 8), 1.0, [float(i) for i in range(2 * steps)], steps * 16, 0)
     text = torch.randint(0, 256, (num_prompt - steps * 16,), generator=generator).tolist()
     ids = text[:6] + [policy.model.config.video_token_id] * video.num_tokens + text[6:]
@@ -91,7 +91,7 @@ def sample(policy: Policy, prompt: Prompt, completions: list, tower_runs: int) -
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         position_ids=positions.to(device),
-        pixel_values_videos=prompt.video.patches.repeat(tower_runs, 1).to(device),
+        pixel_values_videos=prompt.video.patches.repeat(tower_runs, 1),
         video_grid_thw=torch.tensor([prompt.video.grid_thw] * tower_runs, device=device),
         num_return_sequences=group_size // tower_runs,
         max_new_tokens=num_new,

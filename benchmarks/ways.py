@@ -95,8 +95,9 @@ class Bench:
 
     def read(self) -> list[Prompt]:
         """The step's prompts, each with its clip decoded anew."""
-        geometry = read_geometry(self.cfg.model.path)
-        return [dataclasses.replace(prompt, video=load_video(self.clip, SPEC, geometry)) for prompt in self.prompts]
+        geometry, device = read_geometry(self.cfg.model.path), self.policy.device
+        videos = (load_video(self.clip, SPEC, geometry, device=device) for _ in self.prompts)
+        return [dataclasses.replace(prompt, video=video) for prompt, video in zip(self.prompts, videos)]
 
 
 def first_letters(completions: Sequence[str], **_) -> list[float]:
@@ -141,7 +142,7 @@ def sample_repeated(bench: Bench, prompts: list[Prompt], greedy: bool = False) -
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         position_ids=positions.to(device),
-        pixel_values_videos=torch.cat([prompt.video.patches for prompt in rows]).to(device),
+        pixel_values_videos=torch.cat([prompt.video.patches for prompt in rows]),
         video_grid_thw=torch.tensor([prompt.video.grid_thw for prompt in rows], device=device),
         max_new_tokens=num,
         do_sample=False,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,21 @@ def taught(sft_run) -> tuple[str, ...]:
     """Overrides under which a GRPO run starts from a model that earns rewards, different ones within a group."""
     sizes = ("rollout.group_size=8", "rollout.max_new_tokens=12", "eval.max_new_tokens=12")
     return f"model.path={sft_run}/final", *sizes
+
+
+@pytest.fixture
+def patches_held(monkeypatch) -> list[int]:
+    """Of how many videos the patches were alive, as each one's were made and with it."""
+    alive, counts, patchify = [], [], video.patchify
+
+    def counting(*args):
+        patches = patchify(*args)
+        alive.append(weakref.ref(patches))
+        counts.append(sum(patches() is not None for patches in alive))
+        return patches
+
+    monkeypatch.setattr(video, "patchify", counting)
+    return counts
 
 
 @pytest.fixture

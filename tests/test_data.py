@@ -1,6 +1,7 @@
 """Records in, samples out: what is accepted, what is refused and where; and the data order."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -84,6 +85,19 @@ def test_chat_records_are_for_those_who_ask_for_them(folder):
 def test_what_a_task_does_not_use_is_not_read(folder):
     tvg, mcqa = read_samples(write(folder / "a.jsonl", TVG | {"answer": "Z"}, MCQA | {"segments": "none"}))
     assert tvg.answer is None and mcqa.segments is None
+
+
+def test_a_video_is_looked_for_once(folder, monkeypatch):
+    """Every look may be a request to a file server, and every process looks at every record."""
+    path, looked, stat = write(folder / "a.jsonl", *(TVG | {"id": str(i)} for i in range(5))), [], os.stat
+
+    def counting(name, **kwargs):
+        looked.append(str(name))
+        return stat(name, **kwargs)
+
+    monkeypatch.setattr(os, "stat", counting)
+    read_samples(path)
+    assert looked.count(str(folder / "v.mp4")) == 5
 
 
 def test_blank_lines_and_unicode(folder):

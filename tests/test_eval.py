@@ -72,6 +72,13 @@ def test_gone_on_with_is_uninterrupted(world, whole, tmp_path, monkeypatch, num)
     assert not list((tmp_path / "parts").glob("answers.*"))
 
 
+def test_a_batch_keeps_no_patches(world, tmp_path, patches_held):
+    """They are on the device: those of the batch before must not be there any more."""
+    evaluation.main(args_of(world, tmp_path / "run", "run.self_check=false"))
+    num = len(read_jsonl(tmp_path / "run" / "predictions.jsonl"))
+    assert patches_held == [1 + i % 4 for i in range(num)] and num > 8
+
+
 def test_what_is_done_is_not_answered_again(world, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 2)

@@ -5,6 +5,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import failing_readers
+import numpy as np
 import pytest
 import torch
 from conftest import make_cfg, metrics_of, read_jsonl, sft_cfg, weights_of, write_data
@@ -87,6 +88,60 @@ def make_loader(tmp_path, workers, num=20, batch_size=4, steps=10, run=None, **d
 
 def names(indices) -> list[str]:
     return [f"r{i}" for i in indices]
+
+
+@pytest.fixture
+def permuted(monkeypatch) -> list[int]:
+    """The number of elements of every permutation that is drawn."""
+    sizes, make = [], np.random.default_rng
+
+    def counting(*args):
+        def permutation(what):
+            drawn = make(*args).permutation(what)
+            sizes.append(len(drawn))
+            return drawn
+
+        return SimpleNamespace(permutation=permutation)
+
+    monkeypatch.setattr(np.random, "default_rng", counting)
+    return sizes
+
+
+@pytest.mark.parametrize("batch_size", [40, 300, 700])
+def test_an_epoch_is_permuted_once(tmp_path, permuted, batch_size):
+    """Every step asked for its order anew, for those of the steps to come, and for spares that nothing needed."""
+    loader = make_loader(tmp_path, FakeWorkers(16), num=300, batch_size=batch_size, steps=24)
+    for step in range(24):
+        loader.batch(step)
+    assert permuted == [300] * -(-24 * batch_size // 300)
+
+
+def test_a_curriculum_is_sorted_once_an_epoch(permuted):
+    order = make_order(means=[0.5] * 300, batch_size=40, order="curriculum")
+    for step in range(15):
+        assert order.indices(step) == order.indices(step)
+    assert permuted == [300, 300]
+
+
+def test_spares_are_drawn_once_where_a_sample_fails(tmp_path, permuted):
+    wanted = batch_indices(300, 4, 1, 0)
+    bad = names([*wanted[:2], spare_indices(300, wanted, 1, 0, 0)[0]])
+    permuted.clear()
+    loader = make_loader(tmp_path, FakeWorkers(bad=bad), num=300)
+    loader.batch(0)
+    assert permuted == [300]
+    loader.batch(1)
+    assert loader.num_replaced == 3 and permuted == [300, 296]
+
+
+def test_a_run_permutes_its_records_once_an_epoch(world, tmp_path, permuted):
+    """All groups are dead, and yet no refill was asked for: group.max_refills is 0."""
+    good = [json.loads(line) for line in (world / "tvg_train.jsonl").read_text().splitlines()]
+    rows = [good[i % len(good)] | {"id": f"r{i}"} for i in range(300)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "videos").symlink_to(world / "videos")
+    run = train_grpo.train(make_cfg(world, tmp_path, f"data.train={tmp_path}/data.jsonl", "run.steps=4"))
+    assert permuted == [300] and all(row["group/frac_mixed"] == 0 for row in metrics_of(run.dir))
 
 
 def test_the_steps_to_come_are_started_and_not_more(tmp_path):

@@ -1,19 +1,41 @@
 """The shared-prefix forward against the plain one, rotary positions against the released models' own, load and save."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_policy, make_prompts
-from transformers import AutoModelForImageTextToText
+from conftest import make_cfg, make_policy, make_prompts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import config
+import video
+from data import read_samples
+from dryrun import META, Call, DryRun, Speed, meta_policy, score, update
 from policy import pack, packed_logps, prompt_positions, rope_positions
 from pretrained import load_policy, save_model
-from prompts import time_step
+from prompts import make_builder, time_step
+from video import patchify
 
 MROPE = json.loads((Path(__file__).parent / "golden" / "mrope.json").read_text())
+
+
+class Copies(TorchDispatchMode):
+    """Bytes of the tensors that go from the host to the meta device, by dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)] for tree in ((args, kwargs), out))
+        if given and not any(x.is_meta for x in given) and any(x.is_meta for x in made):
+            self.num_bytes.update({x.dtype: x.nbytes for x in given})
+        return out
 
 
 def completions_for(prompts, num_groups=3, seed=0):
@@ -158,6 +180,26 @@ def test_gradient_checkpointing_and_head_chunks_change_nothing(world, monkeypatc
     again = checkpointed(packed)[0]
     torch.testing.assert_close(again, logps, atol=1e-5, rtol=0)
     assert_same_gradients(gradients(checkpointed, again, weights), expected)
+
+
+def test_a_step_sends_frames_to_the_device_once_and_as_bytes(world, tmp_path, monkeypatch):
+    """Patches, four times as large, were made on the host and sent three times: to sample, to score and to train."""
+    made = []
+    monkeypatch.setattr(video, "patchify", lambda x, geometry: made.append(x.device) or patchify(x, geometry))
+    cfg = make_cfg(world, tmp_path, "model.freeze_vision=false")
+    model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoConfig, AutoTokenizer))
+    policy, reference = (meta_policy(cfg.model, model, tokenizer, 1.0) for _ in range(2))
+    builder = make_builder(cfg, tokenizer, META)
+    decoded = [(sample, builder.decode(sample)) for sample in read_samples(cfg.data.train)[:3]]
+    with Copies() as copies, DryRun(Speed(1e12, 1e12, 1e-5)) as run:
+        prompts = [builder.prompt(*pair) for pair in decoded]
+        policy.embed_each(prompts)
+        score(run, reference, Call(prompts, (), 2, 3, 1))
+        update(run, policy, Call(prompts, (), 2, 3, 1), entropy_grad=False, keep_gradients=False)
+    assert made == [META] * 3
+    size = sum(frames.frames.nbytes for _, frames in decoded)
+    assert copies.num_bytes[torch.uint8] == size
+    assert copies.num_bytes[torch.float32] < size / 20  # positions in a frame; once would be 4 * size, of patches
 
 
 def test_the_frozen_tower_gets_no_backward_under_gradient_checkpointing(world, family):

@@ -147,6 +147,12 @@ def test_the_summary_says_what_it_was_made_with(whole):
     assert summary["responses"]["frac_parse_fail"] == pytest.approx(fails / 88)
 
 
+def test_a_batch_keeps_no_patches(model, train, tmp_path, patches_held):
+    """They are on the device: those of the batch before must not be there any more."""
+    select_data.main(arguments(tmp_path, model, train, "run.self_check=false"))
+    assert len(patches_held) == 22 and patches_held.count(1) == 5 and max(patches_held) <= 5
+
+
 def test_one_prefill_serves_all_responses(model, train, tmp_path, monkeypatch):
     """Each video is embedded and its prompt run once, whatever K is."""
     seen = []

@@ -35,7 +35,8 @@ LORA = {"lora_rank": 4, "lora_alpha": 8.0}
 def check(world, tmp_path, policy, reference=None, train="", total_pixels=None) -> None:
     """`check_model` on the first sample of a data set; it may draw nothing random."""
     cfg = make_cfg(world, tmp_path, "run.self_check=true", f"data.train={train or f'{world}/tvg_train.yaml'}")
-    samples, builder, run = data.read_samples(cfg.data.train), make_builder(cfg, policy.tokenizer), open_run(cfg)
+    samples, run = data.read_samples(cfg.data.train), open_run(cfg)
+    builder = make_builder(cfg, policy.tokenizer, policy.device)
     if total_pixels:
         builder.video = replace(builder.video, total_pixels=total_pixels)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

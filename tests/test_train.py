@@ -43,6 +43,17 @@ def test_the_sft_loss_falls(sft_run):
     assert losses[0] > 5 and losses[-1] < 1.5  # uniform over 500 tokens is 6.2
 
 
+@pytest.mark.parametrize("loop", ["grpo", "sft"])
+def test_a_step_makes_its_patches_once_and_keeps_none(world, tmp_path, patches_held, loop):
+    """The tower is trained, and the reference has its own: three runs of a tower read them. The device holds them, so
+    those of the step before must not be there any more."""
+    make, train = (make_cfg, train_grpo.train) if loop == "grpo" else (sft_cfg, train_sft.train)
+    names = ("model.freeze_vision=false", "loss.beta=0.1", "run.steps=3")
+    validation = (f"data.validation={world}/tvg_validation.yaml", "eval.every=2", "eval.num_samples=2")
+    train(make(world, tmp_path, *names, *validation))
+    assert patches_held == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4]  # the step's are there while it is validated
+
+
 def test_the_reward_rises(grpo_run):
     rewards = torch.tensor([row["reward/total"] for row in metrics_of(grpo_run)], dtype=torch.float64)
     first, last = rewards[:10], rewards[-10:]
