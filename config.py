@@ -21,6 +21,7 @@ class RunConfig:
     keep_checkpoints: int = 2  # newest checkpoints kept
     print_every: int = 20  # steps between two printed completions
     max_skipped: int = 5  # updates in a row without a finite gradient until the run stops; each of them moves nothing
+    max_first_grad_norm: float = 1e4  # a larger gradient norm in a process's first update ends the run; 0: never
     timeout: float = 1800.0  # seconds that a process waits for the others, then the run ends and names them
     self_check: bool = True  # before the first step: positions, log-probs, video and processes, see selfcheck.py
     tracker: str = "tensorboard"  # any tracker that accelerate knows, or "none"; metrics.jsonl is always written
@@ -366,6 +367,7 @@ def _check_at_least_0(values: dict[str, float]) -> None:
 def _check_training(cfg) -> None:
     _check_data(cfg.data)
     at_least_0 = {"model.lora_rank": cfg.model.lora_rank, "data.refilter_every": cfg.data.refilter_every}
+    at_least_0 |= {"run.max_first_grad_norm": cfg.run.max_first_grad_norm}
     positive = {
         "model.lora_alpha": cfg.model.lora_alpha,
         "run.steps": cfg.run.steps,

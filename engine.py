@@ -88,6 +88,7 @@ class Engine:
         self.watchdog = Watchdog(self.rank, self.world_size, timeout_s)
         self.skipped_in_a_row = 0  # updates whose gradient was not finite, up to now
         self.not_finite: list[str] = []  # what was not, in the last of them
+        self.first_norm = 0.0  # gradient norm of this process's first update that had one: finite and above 0
         self.accelerator.register_save_state_pre_hook(_without_wrapper)
         self.accelerator.register_load_state_pre_hook(self._unwrap_all)
 
@@ -260,6 +261,8 @@ class Engine:
             self.not_finite = self._name_not_finite(model)
         if self.skipped_in_a_row and self.is_main:
             print(f"WARNING: the gradient's norm is {norm}; this update is skipped", file=sys.stderr)
+        if not self.first_norm and math.isfinite(norm):
+            self.first_norm = norm
         optimizer.zero_grad()
         return norm
 

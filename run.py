@@ -41,7 +41,7 @@ UNUSED = {"config.yaml", "env.json", "config.yaml.tmp", "env.json.tmp", "logs", 
 ROWS = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")  # cut back to the checkpoint by a resume
 MAY_CHANGE = {"data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one resume to the next
 MAY_CHANGE |= {"run.steps", "run.save_every", "run.keep_checkpoints", "run.print_every"}
-MAY_CHANGE |= {"run.max_skipped", "run.timeout", "run.self_check"}
+MAY_CHANGE |= {"run.max_skipped", "run.max_first_grad_norm", "run.timeout", "run.self_check"}
 
 
 class Run:
@@ -205,7 +205,18 @@ class Run:
                 return
 
     def check_finite(self, step: int, rows: Callable[[], list[dict]]) -> None:
-        """End the run where too many updates in a row were skipped; `rows()` is this process's part of the batch."""
+        """End the run where too many updates in a row were skipped, or where the gradient of the first one was huge.
+
+        `rows()` is this process's part of the batch.
+        """
+        norm, limit = self.engine.first_norm, self.cfg.max_first_grad_norm
+        if limit and norm > limit:
+            self._end(
+                f"error: the first update has a gradient norm of {norm:.3g}, above run.max_first_grad_norm={limit:g} "
+                "(0 for no limit). Usual causes: an attention kernel that does not return the gradients that it should "
+                "(`python benchmarks/gpu.py` checks them on the device at hand), weights that were not loaded, a "
+                "learning set-up such as a scale of rewards"
+            )
         if self.engine.skipped_in_a_row < self.cfg.max_skipped:
             return
         path, found = self.dir / "not_finite.json", self.engine.gather_rows(self.engine.not_finite)

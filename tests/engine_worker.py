@@ -4,13 +4,16 @@ r"""What test_engines.py has one process do, or several under `accelerate launch
         tests/engine_worker.py zero3 FOLDER WORLD section.key=value ...
 """
 
+import io
+import shutil
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from conftest import make_cfg, make_policy, make_prompts, open_run, sft_cfg, sgd
+from conftest import make_cfg, make_policy, make_prompts, metrics_of, open_run, sft_cfg, sgd
 
 import config
 import eval as evaluation
@@ -19,8 +22,8 @@ import select_data
 import train_grpo
 import train_sft
 from config import GrpoConfig
-from engine import Engine
 from optim import make_optimizer, set_learning_rate
+from policy import pack
 from rollout import Rollout, generate
 from run import Run
 from train_grpo import Groups
@@ -34,6 +37,10 @@ CASES = {  # overrides by case; names with sgd: plain SGD
     "sgd": (*CLIPPED, "optim.lr=0.01", "optim.grad_clip=1e9"),
     "two_updates": (*CLIPPED, *VISION, "loss.updates_per_rollout=2", "loss.clip_low=0.02", "loss.clip_high=0.02"),
 }
+# Steps that bfloat16 would round away: they are less than half as wide as its gaps between most weights
+SMALL = (*CLIPPED, "run.steps=8", "optim.lr=1e-5", "optim.warmup_steps=0", "optim.schedule=constant")
+DTYPES = {"one": "float32", "zero2": "bfloat16", "zero3": "bfloat16"}  # in which an engine takes those steps
+NUM_REST, REST = 8, 2**-9  # further micro-batches and their weight; 1 + 2**-9 is 1 in bfloat16
 SHORT = ("rollout.group_size=2", "rollout.max_new_tokens=3", "eval.max_new_tokens=3", "group.skip_dead=false")
 SHORT = (*SHORT, "loss.entropy=0.01", "group.max_refills=0")
 LOOPS = {  # overrides by GRPO run
@@ -95,16 +102,20 @@ def train_recorded(world: Path, cfg: GrpoConfig, case: str) -> dict:
     run = open_run(cfg)
     m = cfg.model
     raw = make_policy(
-        world, sharpen=1.5, freeze_vision=m.freeze_vision, gradient_checkpointing=m.gradient_checkpointing
+        world,
+        sharpen=1.5,
+        freeze_vision=m.freeze_vision,
+        gradient_checkpointing=m.gradient_checkpointing,
+        dtype=m.dtype,
     )
     prompts = make_prompts(world, raw, num=2 * NUM_VIDEOS)
-    reference = make_policy(world, sharpen=1.0).requires_grad_(False)
+    reference = make_policy(world, sharpen=1.0, dtype=m.dtype).requires_grad_(False)
     optimizer = sgd(raw, cfg.optim) if "sgd" in case else make_optimizer(raw, cfg.optim)
     policy, optimizer = run.prepare(raw, optimizer, cfg.optim.grad_clip)
     reference = run.engine.prepare_frozen(reference)
-    steps = []
-    for step in range(NUM_STEPS):
-        lr = set_learning_rate(optimizer, step, NUM_STEPS, cfg.optim)
+    steps, start = [], weights_of(raw, run) if case == "small" else {}
+    for step in range(cfg.run.steps):
+        lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
         steps.append(recorded_step(raw, policy, reference, optimizer, prompts, step, cfg, run) | {"lr": lr})
     results = {case: {"steps": steps, "weights": weights_of(raw, run)}}
     if case == "sgd":
@@ -112,6 +123,10 @@ def train_recorded(world: Path, cfg: GrpoConfig, case: str) -> dict:
     if case == "adamw":
         how = [(gather, num) for gather in (True, False) for num in (4, 9)]
         results["gathers"] = {(gather, num): count_gathers(raw, prompts, num, gather, run) for gather, num in how}
+    if case == "small":
+        masters = masters_of(raw, run)
+        norms = [norm_of_sum(raw, policy, optimizer, prompts, num, run) for num in (0, NUM_REST)]
+        results[case] |= {"start": start, "masters": masters, "sums": norms}
     return results
 
 
@@ -127,6 +142,25 @@ def weights_of(raw, run: Run) -> dict[str, torch.Tensor]:
     weights = run.engine.gathered_weights()
     weights = raw.state_dict() if weights is None and run.is_main else weights or {}
     return {name: weight.clone() for name, weight in weights.items()}
+
+
+def masters_of(raw, run: Run) -> dict[str, torch.Tensor]:
+    """The float32 weights that the optimizer steps on, of what is trained."""
+    trained = {name: p for name, p in raw.named_parameters() if p.requires_grad}
+    if run.engine.sharding == "none":
+        return {name: p.detach().clone() for name, p in trained.items()}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(p).clone() for name, p in trained.items()}
+
+
+def norm_of_sum(raw, policy, optimizer, prompts, num: int, run: Run) -> float:
+    """The gradient norm of one micro-batch and of `num` more like it, but for their small weight."""
+    packed = pack(prompts[:1], [[[65, 66, 67]]], raw.model.config, raw.device)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # so that every sum is of the same weights
+    run.engine.backward(policy, [1.0] + [REST] * num, lambda weight: weight * policy(packed)[0].sum())
+    return run.engine.step(policy, optimizer, 1e9)
 
 
 def around_nan(raw, policy, reference, optimizer, prompts, cfg, run: Run) -> dict:
@@ -181,17 +215,37 @@ def run_program(name: str, world: Path, folder: Path, taught: list[str]) -> None
         train_grpo.train(make_cfg(world, folder, *taught, *data, *refilled, *LOOPS[name], run_dir))
 
 
+def run_twice(world: Path, folder: Path, taught: list[str]) -> list[dict]:
+    """A program in bfloat16 with the self-check, then its second step again, from the checkpoint of the first."""
+    names = ("model.dtype=bfloat16", "run.self_check=true", "run.save_every=1", f"run.dir={folder}/twice")
+    data, found = f"data.train={world}/mix_train.yaml", []
+    cfg = make_cfg(world, folder, *taught, *SHORT, *names, data, "loss.beta=0.1")
+    for resume in (False, True):
+        AcceleratorState._reset_state()
+        with redirect_stdout(io.StringIO()) as printed:
+            run = train_grpo.train(cfg, resume)
+        raw = run.engine.unwrap(run.engine.accelerator._models[0])
+        found.append({"masters": masters_of(raw, run), "rows": metrics_of(run.dir), "printed": printed.getvalue()})
+        if run.is_main and not resume:
+            shutil.rmtree(run.dir / "final")
+            shutil.rmtree(run.dir / "checkpoints" / "step_000002")
+    return found
+
+
 def work(engine: str, folder: Path, world: Path, taught: list[str]) -> None:
     torch.set_num_threads(1)
     policy_module.HEAD_CHUNK = 32  # so that processes would call the head more or less often
     end_training, Accelerator.end_training = Accelerator.end_training, lambda self: None
     results = {}
-    for case, overrides in CASES.items():
+    cases = CASES | ({"small": (*SMALL, f"model.dtype={DTYPES[engine]}")} if engine in DTYPES else {})
+    for case, overrides in cases.items():
         AcceleratorState._reset_state()  # DeepSpeed's settings are those of the run before
         results |= train_recorded(world, make_cfg(world, folder, *overrides, f"run.dir={folder}/{case}"), case)
-    if Engine(folder, "none", timeout_s=600).is_main:
-        torch.save(results, folder / "results.pt")
     train_grpo.packed_logps = policy_module.packed_logps
+    if DTYPES.get(engine) == "bfloat16":
+        results["twice"] = run_twice(world, folder, taught)
+    if PartialState().is_main_process:
+        torch.save(results, folder / "results.pt")
     for name in PROGRAMS[engine]:
         AcceleratorState._reset_state()
         run_program(name, world, folder, taught)

@@ -177,15 +177,15 @@ def jumping_clock() -> None:
     time.time = lambda: now() + jumps.uniform(-3e7, 3e7)
 
 
-def loss_not_finite(rank: int, first_step: int) -> None:
-    """On one process, the loss is NaN from this step on."""
+def loss_times(factor: float, rank: int, first_step: int) -> None:
+    """On one process, the loss is multiplied by this from this step on."""
     if os.environ["RANK"] == str(rank):
         update = train_grpo.update
-        train_grpo.update = partial(_update, update, train_grpo.policy_loss, first_step)
+        train_grpo.update = partial(_update, update, train_grpo.policy_loss, factor, first_step)
 
 
-def _update(update, policy_loss, first_step, policy, reference, optimizer, groups, cfg, run):
-    factor = torch.nan if run.engine.watchdog.step >= first_step else 1.0
+def _update(update, policy_loss, times, first_step, policy, reference, optimizer, groups, cfg, run):
+    factor = times if run.engine.watchdog.step >= first_step else 1.0
 
     def loss(*args, **kwargs):
         value, sums = policy_loss(*args, **kwargs)

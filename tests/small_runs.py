@@ -8,8 +8,9 @@ from run import Run
 YAML = "run:\n  seed: 0\n  steps: 4\nloss:\n  beta: 0.1\n"
 
 
-def open_run(path, text: str = YAML, resume: bool = False, keep: int = 2, max_skipped: int = 5) -> Run:
-    cfg = RunConfig(dir=str(path), steps=4, keep_checkpoints=keep, max_skipped=max_skipped, tracker="none")
+def open_run(path, text: str = YAML, resume: bool = False, keep: int = 2, **keys) -> Run:
+    """`keys` are further ones of the section run."""
+    cfg = RunConfig(dir=str(path), steps=4, keep_checkpoints=keep, tracker="none", **keys)
     return Run(cfg, text, resume)
 
 

@@ -203,6 +203,7 @@ def test_weights_of_zero_are_fine_beside_reward_functions(tmp_path):
         (["loss.updates_per_rollout=0"], "loss.updates_per_rollout must be above 0, got 0"),
         (["loss.overlong_buffer=0"], "loss.overlong_buffer must be above 0, got 0.0"),
         (["loss.overlong_buffer=1.5"], "loss.overlong_buffer must be at most 1, got 1.5"),
+        (["run.max_first_grad_norm=-1"], "run.max_first_grad_norm must be at least 0, got -1.0"),
         (["loss.clip_low=-1"], "loss.clip_low must be at least 0, got -1.0"),
         (["loss.beta=-0.1"], "loss.beta must be at least 0, got -0.1"),
         (["rewards.mcqa={format: 0, answer: 0, iou: 1}"], "rewards.mcqa.iou must be 0: the task has no such part"),

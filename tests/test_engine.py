@@ -94,6 +94,24 @@ def test_updates_that_are_skipped_in_a_row_end_the_run(tmp_path):
     assert (content["step"], content["batch"]) == (8, rows) and content["not_finite"][0] == "rank 0: loss nan in pass 0"
 
 
+def test_a_huge_gradient_in_the_first_update_ends_the_run(tmp_path):
+    """Neither one that is not finite nor 0 is the first; a later one may be huge, but for the first after a resume."""
+
+    def updates(run, *factors: float) -> None:
+        model, optimizer = prepared(run)
+        for factor in factors:  # gradient (1, 1, 1) times the factor
+            run.engine.backward(model, [torch.ones(1, 2)], lambda x, factor=factor: model(x).sum() * factor)
+            run.engine.step(model, optimizer, 1.0)
+            run.check_finite(1, list)
+
+    run = open_run(tmp_path / "a")
+    updates(run, math.nan, 0.0, 5e3, 1e9)
+    run.save_checkpoint(1, {})
+    with pytest.raises(SystemExit, match=r"norm of 1.73e\+04, above run.max_first_grad_norm=10000 .*benchmarks/gpu.py"):
+        updates(open_run(tmp_path / "a", resume=True), math.nan, 0.0, 1e4)
+    updates(open_run(tmp_path / "a", resume=True, max_first_grad_norm=0.0), 1e4)
+
+
 def test_accumulation_by_the_launcher_is_refused(tmp_path, monkeypatch):
     """Micro-batches are ours: accelerate would divide the gradient once more."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")

@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite_on_one_rank(world, tmp_path, undisturbed, fau
     """Both skip the update; after two in a row they end, and the batch stands in a file."""
     fault("loss not finite on one rank", "both skip the update; after run.max_skipped the batch is written down")
     argv = arguments(world, tmp_path / "a", "run.max_skipped=2")
-    setup = partial(forked.loss_not_finite, 1, 3)
+    setup = partial(forked.loss_times, torch.nan, 1, 3)
     children = start_all("cpu2.yaml", argv, tmp_path / "log", setup=setup)
     assert [child.wait() for child in children] == [1, 1]
     run = tmp_path / "a" / "run"
@@ -306,6 +306,17 @@ def test_a_loss_that_is_not_finite_on_one_rank(world, tmp_path, undisturbed, fau
     assert "rank 1: loss nan in pass 0" in content["not_finite"]
     assert [row["group"] for row in content["batch"]] == [0, 1, 2, 3]
     assert all({"id", "completions", "rewards", "advantages"} <= row.keys() for row in content["batch"])
+
+
+def test_a_first_gradient_that_is_huge_on_one_rank(world, tmp_path, fault):
+    """The limit's own default; the row of the step is there, and no checkpoint."""
+    fault("a huge gradient in the first update, on one rank", "both end before a checkpoint is saved, one says why")
+    argv = arguments(world, tmp_path / "a")
+    children = start_all("cpu2.yaml", argv, tmp_path / "log", setup=partial(forked.loss_times, 1e9, 1, 1))
+    assert [child.wait() for child in children] == [1, 1]
+    told = [child.text.count("error: the first update has a gradient norm of ") for child in children]
+    assert told == [1, 0] and "above run.max_first_grad_norm=10000 " in children[0].text
+    assert len(metrics_of(tmp_path / "a" / "run")) == 1 and newest_step(tmp_path / "a" / "run") == 0
 
 
 # ---- under a launcher ----------------------------------------------------------------------------------------------

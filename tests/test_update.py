@@ -136,6 +136,19 @@ def test_the_micro_batch_changes_no_sft_step(world, tmp_path, monkeypatch):
             torch.testing.assert_close(weights[size][name], tensor, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("loop", ["grpo", "sft"])
+def test_a_huge_gradient_in_the_first_update_ends_the_loop(world, tmp_path, loop):
+    """Before a checkpoint of it is saved; its row is there. A resume checks again, and 0 is no limit."""
+    module, make = (train_grpo, make_cfg) if loop == "grpo" else (train_sft, sft_cfg)
+    names = ("run.save_every=1", "loss.entropy=0.01", "group.skip_dead=false")
+    for resume in (False, True):
+        with pytest.raises(SystemExit, match=r"^error: the first update has a gradient norm of .*_grad_norm=1e-06"):
+            module.train(make(world, tmp_path, *names, "run.max_first_grad_norm=1e-6"), resume)
+        assert len(metrics_of(tmp_path / "run")) == 1 and not (tmp_path / "run" / "checkpoints").exists()
+    module.train(make(world, tmp_path, *names, "run.max_first_grad_norm=0"), resume=True)
+    assert min(row["grad_norm"] for row in metrics_of(tmp_path / "run")) > 1e-6
+
+
 def test_the_rollout_micro_batch_changes_no_sample(world, tmp_path):
     rows = {}
     for size in (1, 16):
