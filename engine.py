@@ -23,6 +23,9 @@ from checkpoint import PatientSaver, sync, write_error
 from watchdog import Watchdog
 
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+# Groups of processes that have ended. The destructor of such a group waits for gloo's thread and keeps Python's lock
+# meanwhile, and that thread may wait for the lock: so the group is not destroyed before the process is.
+ENDED_GROUPS = []
 
 
 def use_deepspeed() -> bool:
@@ -294,6 +297,8 @@ class Engine:
         # a barrier holds no tensors: meanwhile gloo's thread lets go of those of the last call, for which it needs
         # Python's lock, while the main thread, once it ends the group, may keep that lock and wait for the thread
         self.wait()
+        if torch.distributed.is_initialized():
+            ENDED_GROUPS.append(torch.distributed.group.WORLD)
         with self.watchdog.meeting():
             self.accelerator.end_training()
         self.watchdog.stop()

@@ -22,6 +22,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+import engine
 import train_grpo
 import train_sft
 from data import batch_indices, read_samples, refill_indices
@@ -227,6 +228,7 @@ def worker(rank: int, ports: list[int], folder, world, taught) -> None:
         os.environ["MASTER_PORT"] = str(port)
         names = ("data.micro_batch_size=1", f"run.dir={folder}/{loop}")
         train_grpo.train(make_cfg(world, folder, *LOOP, *taught, *overrides, *names))
+    results["num_ended"] = len(engine.ENDED_GROUPS)
     torch.save(results, folder / f"rank{rank}.pt")
 
 
@@ -291,6 +293,12 @@ def test_two_processes_run_the_loop_of_one(world, taught, tmp_path, two_processe
 def test_an_indivisible_batch_ends_every_process(two_processes):
     for results in two_processes[1]:
         assert results["indivisible"] == "error: data.batch_size 3 does not divide by the 2 processes"
+
+
+def test_groups_of_processes_outlive_their_runs(two_processes):
+    """A run of two processes hung at its end, now and then, while its group of processes was destroyed."""
+    for results in two_processes[1]:
+        assert results["num_ended"] == 4  # sft, grpo, refill, broken
 
 
 # ---- groups --------------------------------------------------------------------------------------------------------
