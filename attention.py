@@ -55,9 +55,10 @@ class SharedPrompt:
 def choose_kernel(device: str, dtype: torch.dtype, head_size: int, has_bias: bool, capability: tuple[int, int]) -> str:
     """The kernel that computes attention: "cpu", "flash", "efficient", or "plain" where no fused one will do.
 
-    `device` is a device's type, `capability` the CUDA compute capability (major, minor). CUDA's flash kernel takes half
-    precision from capability 8.0 on. The efficient kernel takes float32 on any card. Both want a head size that is a
-    multiple of 8, and flash at most 256. AMD's builds of torch have kernels with other contracts, which are not used.
+    `device` is a device's type, `capability` the CUDA compute capability (major, minor). CUDA's flash kernel takes
+    bfloat16 from capability 8.0 on. The efficient kernel takes float32 on any card. Both need a head size that is a
+    multiple of 8, and flash also needs one of at most 256. AMD's builds of torch have kernels with other contracts,
+    which are not used.
 
     >>> for dtype in (torch.bfloat16, torch.float32):
     ...     print([choose_kernel("cuda", dtype, 128, False, capability) for capability in ((9, 0), (7, 5))])
@@ -68,9 +69,9 @@ def choose_kernel(device: str, dtype: torch.dtype, head_size: int, has_bias: boo
         return "cpu"
     if device != "cuda" or torch.version.hip or has_bias or head_size % 8:
         return "plain"
-    if dtype in (torch.bfloat16, torch.float16) and capability >= (8, 0) and head_size <= 256:
+    if dtype == torch.bfloat16 and capability >= (8, 0) and head_size <= 256:
         return "flash"
-    return "efficient" if dtype in (torch.float32, torch.float16) else "plain"
+    return "efficient" if dtype == torch.float32 else "plain"
 
 
 def kernel_of(query: Tensor, bias: Tensor | None = None) -> str:
@@ -125,7 +126,7 @@ def attend_backward(grad, query, key, value, out, lse, is_causal: bool, scale: f
         return _plain_backward(grad, query, key, value, out, lse, is_causal, scale)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
     if kernel == "flash":
-        state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
+        state = torch.empty(2, dtype=torch.uint64, device=query.device)  # for dropout, which we do not have
         shape = (None, None, query.shape[2], key.shape[2], 0.0, is_causal, state, state[:0])
         return aten._scaled_dot_product_flash_attention_backward(grad, query, key, value, out, lse, *shape, scale=scale)
     lse = pad(lse, (0, -lse.shape[2] % LSE_MULTIPLE), value=torch.inf)

@@ -21,7 +21,7 @@ class RunConfig:
     keep_checkpoints: int = 2  # newest checkpoints kept
     print_every: int = 20  # steps between two printed completions
     max_skipped: int = 5  # updates in a row without a finite gradient until the run stops; each of them moves nothing
-    max_first_grad_norm: float = 1e4  # a larger gradient norm in a process's first update ends the run; 0: never
+    max_first_grad_norm: float = 1e4  # the run ends if its first update has a larger gradient norm; 0 for no limit
     timeout: float = 1800.0  # seconds that a process waits for the others, then the run ends and names them
     self_check: bool = True  # before the first step: positions, log-probs, video and processes, see selfcheck.py
     tracker: str = "tensorboard"  # any tracker that accelerate knows, or "none"; metrics.jsonl is always written
@@ -233,6 +233,8 @@ class PlanConfig:
     def __post_init__(self):
         positive = ("memory_gib", "tflops", "bandwidth", "capability", "launch_us")
         _check_positive({f"plan.{name}": getattr(self, name) for name in positive})
+        if self.capability >= 20:
+            raise ValueError(f"plan.capability must be below 20, as in 8.6 for the card's 8.6, got {self.capability}")
         _check_at_least_0({"plan.completion_tokens": self.completion_tokens})
 
 

@@ -10,8 +10,8 @@ bytes, with N parameters of b bytes each (the reference's are N more), T of them
     ZeRO-3       b N / W    4 T / W      weights and AdamW       b x (that + stage3_max_live_parameters)
 
 While ZeRO-3 samples, the weights are there whole as well. What is offloaded is on the host. The patches of a step's
-videos are on the device from the first phase to the last; with group.max_refills those of every round, as if all groups
-of the rounds before were dead. Nothing to run.
+videos are on the device from the first phase to the last. With group.max_refills the patches of every round are
+counted, because all earlier groups may be dead.
 """
 
 import json

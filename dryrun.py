@@ -54,7 +54,7 @@ class DryRun(TorchDispatchMode):
     code that decides by their values runs as always, and where they meet a meta tensor they become one.
 
     `device` ("cpu" or "cuda") and its CUDA compute capability decide which kernel computes attention, as they do in a
-    real run. What a fused kernel holds is stood in for. The plain form runs here as it does there.
+    real run. Stand-ins take the memory of a fused kernel. The plain form is run as in training.
     """
 
     def __init__(self, speed: Speed, device: str = "cpu", capability: tuple[int, int] = (0, 0)):

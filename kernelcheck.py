@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from attention import Span, shared_prefix_attention
 
-# The largest errors that `attention_errors` may find, by type. Measured on a CPU at the shapes of the 3B model, where
-# the kernels of a GPU were emulated: at most 6e-6 in float32 and 0.008 in bfloat16.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
+# The largest errors that `attention_errors` may find, by type. A wrong layout gives 1 and more. Measured on a CPU that
+# emulated the kernels of a GPU: at most 6e-6 in float32. In bfloat16 at most 0.008 with long completions, and up to
+# 0.023 with completions of a few tokens, whose errors do not average out.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 def attention_errors(
@@ -64,7 +65,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[S
     num, outputs = query.shape[1] // key.shape[1], []
     key, value = key.repeat_interleave(num, 1), value.repeat_interleave(num, 1)
     for span in spans:
-        parts = [(span.prompt_end - 1, span.prompt_end - 1, span.prompt_end)]  # end of what all see, start, end
+        parts = [(span.prompt_end - 1, span.prompt_end - 1, span.prompt_end)]  # end of the prompt, own start, own end
         for length in span.lengths:
             parts.append((span.prompt_end, parts[-1][2], parts[-1][2] + length))
         for shared, start, end in parts:

@@ -122,7 +122,7 @@ class Order:
     def _use(self, samples: list[Sample]) -> None:
         self.samples = samples
         difficulty = difficulties(samples) if self.cfg.data.order == "curriculum" else None
-        # steps are asked for in their order, so an epoch and the next one are all that is needed again
+        # steps are asked for in their order: only the present epoch and the next one are asked for again
         self._order_of = lru_cache(2)(partial(epoch_order, len(samples), self.cfg.run.seed, difficulty=difficulty))
 
 
@@ -202,7 +202,7 @@ class Loader:
                 return Round(prompts, places[:num_own], len(wanted), taken, before, indices)
             replaced |= {row["place"] for row in failed}
             self._note(step + 1, failed)
-            if spares is None:  # only now: most steps need none, and they are as many as there are samples
+            if spares is None:  # drawn only when a sample fails, because drawing them permutes all records
                 spares = iter(spare_indices(len(self.samples), asked, step, refill, self.cfg.run.seed))
             coming = dict(zip((row["place"] for row in failed), spares))
             for place, index in coming.items():

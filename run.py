@@ -215,7 +215,7 @@ class Run:
                 f"error: the first update has a gradient norm of {norm:.3g}, above run.max_first_grad_norm={limit:g} "
                 "(0 for no limit). Usual causes: an attention kernel that does not return the gradients that it should "
                 "(`python benchmarks/gpu.py` checks them on the device at hand), weights that were not loaded, a "
-                "learning set-up such as a scale of rewards"
+                "learning set-up with huge gradients, for example rewards of a large scale"
             )
         if self.engine.skipped_in_a_row < self.cfg.max_skipped:
             return

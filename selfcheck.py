@@ -26,7 +26,8 @@ from policy import Packed, Policy, pack, prompt_positions
 from prompts import Prompt, PromptBuilder
 from records import Sample
 from rollout import generate
-from run import Run, flat
+from run import Run
+from settings import flat
 from video import Geometry, Video
 from workers import Workers
 
@@ -36,7 +37,9 @@ GROUP_SIZE, NEW_TOKENS, PROBE_TOKENS = 2, 8, 8
 # random ones, and on random ones of 28 layers: at most 5e-6 (2e-5 for a single token) in float32; 0.026 (0.094) in
 # bfloat16, where logits between 16 and 32 are 0.125 apart.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-MOST_COMPLETIONS, LONGEST_COMPLETION = 8, 150  # of that check: more than one block of a kernel, and milliseconds
+# The check of attention tries so many completions of at most this length. That is more than one block of a kernel, and
+# takes milliseconds.
+MOST_COMPLETIONS, LONGEST_COMPLETION = 8, 150
 LEAST_SEEN = 1e-3  # the largest change of a log-prob by a blank video; measured 0.5 and more, 0 where it is not seen
 # Patches (time, height, width) of a video, seconds per time step, and its time positions in the released models
 LAYOUTS = (
@@ -131,7 +134,7 @@ def check_model(
 
 
 def first_prompt(samples: Sequence[Sample], builder: PromptBuilder, workers: Workers, rank: int) -> Prompt | None:
-    """Of the sample number `rank`, or of the next one whose video can be read; None after NUM_TRIED of them."""
+    """The prompt of sample number `rank`, or of the next one whose video can be read; None after NUM_TRIED of them."""
     mine = [samples[(rank + i) % len(samples)] for i in range(min(NUM_TRIED, len(samples)))]
     read = read_ahead(mine, builder, workers, window=0)
     return next((prompt for prompt in read if isinstance(prompt, Prompt)), None)

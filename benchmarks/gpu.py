@@ -3,10 +3,10 @@
     python benchmarks/gpu.py                 # a GPU with 24 GB, about two minutes
     python benchmarks/gpu.py --shrink        # small shapes, on a CPU too
 
-The parts, each of which is written to OUT/gpu.json when it is done (--out, by default runs/gpu):
+The parts, whose checks are written to OUT/gpu.json as they are done (--out, by default runs/gpu):
 
-    attention   values and gradients of the packed attention by every kernel that the device has, and values of the
-                attention while sampling, against attention by its definition in float64
+    attention   values and gradients of the packed attention by the kernels that training takes and by the plain form,
+                and values of the attention while sampling, against attention by its definition in float64
     packed      log-probs and gradients of a model with two layers at the widths of Qwen2.5-VL-3B, of packed rows
                 against the prompt repeated for every completion
     sampling    log-probs that the same model noted while it sampled, against those of scoring
@@ -43,26 +43,24 @@ from policy import Packed, Policy, pack
 from prompts import Prompt
 from records import Sample
 from rollout import generate
+from selfcheck import TOLERANCE as LOGP_TOLERANCE
 from video import Video
 
 REPO = Path(__file__).resolve().parents[1]
 SHAPE_3B = REPO / "configs" / "models" / "Qwen" / "Qwen2.5-VL-3B-Instruct"
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LOGP_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}  # mean |difference| of log-probs, as in the self-check
 GRADIENT_TOLERANCE = 1e-4  # float32
-ROUNDING = 1.5  # in bfloat16, packed rows may be so many times as far from float32 as the repeated prompt is
+ROUNDING = 1.5  # in bfloat16 the error of packed rows against float32 may be this many times that of repeated prompts
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Heads, kv heads and head size, prompt tokens and the longest completion of `attention`; grids of two videos."""
-
-    heads: tuple[int, int, int]
-    prompt: int
-    longest: int
-    group: int
+    heads: tuple[int, int, int]  # heads, kv heads, head size
+    prompt: int  # tokens
+    longest: int  # tokens of the longest completion
+    group: int  # completions of a prompt
     grids: tuple[tuple[int, int, int], ...]  # patches along time, height, width
-    new_tokens: int
+    new_tokens: int  # sampled for each completion
 
 
 LARGE = Sizes((16, 2, 128), 2000, 300, 8, ((16, 16, 16), (9, 16, 16)), 64)
@@ -103,12 +101,9 @@ def forced(kernel: str) -> Iterator[None]:
 
 
 def kernels_of(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Those that the device has for a type, the plain form last."""
-    if device.type == "cpu":
-        return ["cpu", "plain"]
-    has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    fused = [] if dtype == torch.float32 or not has_bfloat16 else ["flash"]
-    return [*fused, *["efficient"] * (dtype == torch.float32 or has_bfloat16), "plain"]
+    """The one that training would take for a type, and the plain form."""
+    chosen = attention.kernel_of(torch.empty(1, 1, 1, 128, dtype=dtype, device=device))
+    return list(dict.fromkeys((chosen, "plain")))
 
 
 def check_attention(sizes: Sizes, device: torch.device) -> Iterator[Check]:
@@ -249,7 +244,7 @@ def check_packed(sizes: Sizes, device: torch.device, shrink: bool, folder: Path)
         return (logps_N - exact_N).abs().mean().item(), difference.item()
 
     logps, gradients = errors("packed", "float32")
-    yield Check("packed", "float32: log-probs against the repeated prompt", logps, LOGP_TOLERANCE["float32"])
+    yield Check("packed", "float32: log-probs against the repeated prompt", logps, LOGP_TOLERANCE[torch.float32])
     yield Check("packed", "float32: gradients against the repeated prompt", gradients, GRADIENT_TOLERANCE)
     names = ("log-probs", "gradients")
     for what, ours, theirs in zip(names, errors("packed", "bfloat16"), errors("repeated", "bfloat16"), strict=True):
@@ -257,7 +252,7 @@ def check_packed(sizes: Sizes, device: torch.device, shrink: bool, folder: Path)
 
 
 def check_sampling(sizes: Sizes, device: torch.device, shrink: bool, folder: Path) -> Iterator[Check]:
-    for type_name, allowed in LOGP_TOLERANCE.items():
+    for type_name, dtype in TYPES.items():
         policy = make_policy(type_name, shrink, device, folder)
         for name, grids in (("equal prompts", sizes.grids[:1] * 2), ("unequal prompts", sizes.grids)):
             prompts = make_prompts(policy, sizes, grids)
@@ -267,7 +262,8 @@ def check_sampling(sizes: Sizes, device: torch.device, shrink: bool, folder: Pat
             with torch.no_grad():
                 scored_N = policy(packed, torch.cat(embeds))[0]
             gap = (rollout.logps_BT[rollout.mask_BT] - scored_N).abs().mean().item()
-            yield Check("sampling", f"{type_name}, {name}: sampled against scored log-probs", gap, allowed)
+            name = f"{type_name}, {name}: sampled against scored log-probs"
+            yield Check("sampling", name, gap, LOGP_TOLERANCE[dtype])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,8 +271,9 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.shrink or torch.cuda.is_available()):
         raise SystemExit("error: torch finds no NVIDIA GPU here; --shrink runs small shapes on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes, out, checks = SMALL if args.shrink else LARGE, Path(args.out), []
-    out.mkdir(parents=True, exist_ok=True)
+    sizes, out, here, checks = SMALL if args.shrink else LARGE, Path(args.out), environment(), []
+    with arguments.user_errors():
+        out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         more = (args.shrink, Path(folder))
         for run_part, rest in ((check_attention, ()), (check_packed, more), (check_sampling, more)):
@@ -285,11 +282,11 @@ def main(argv: list[str] | None = None) -> int:
                 mark = "ok" if check.passed else "FAILED"
                 row = f"{check.part:<10} {check.name:<75} {check.error:8.2g} of {check.allowed:8.2g}  {mark}"
                 print(row, flush=True)
-            rows = [asdict(check) | {"passed": check.passed} for check in checks]
-            content = {"environment": environment(), "shrink": args.shrink, "checks": rows}
-            (out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
+                rows = [asdict(check) | {"passed": check.passed} for check in checks]
+                content = {"environment": here, "shrink": args.shrink, "checks": rows}
+                (out / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
     failed = [check for check in checks if not check.passed]
-    print(json.dumps({"checks": len(checks), "failed": len(failed), "device": environment()["devices"][0]}))
+    print(json.dumps({"checks": len(checks), "failed": len(failed), "device": here["devices"][0]}))
     return int(bool(failed))
 
 

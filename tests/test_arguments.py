@@ -22,6 +22,7 @@ finally:
 CONFIGURED = ("train_grpo.py", "train_sft.py", "select_data.py", "eval.py run")
 OTHERS = {  # a command line with a misspelt option, and the end of what is said of it
     "eval.py score": ("a.jsonl --out b.json --anwser tagged", "unrecognized arguments: --anwser tagged"),
+    "eval.py score a.jsonl": ("b.jsonl --out c.json", "unrecognized arguments: b.jsonl"),
     "eval.py compare": ("a.json --alow prompt", "unrecognized arguments: --alow prompt"),
     "data.py check": ("a.jsonl --vidoes b", "unrecognized arguments: --vidoes b"),
     "convert.py": ("mmvu --annotations a --out b.jsonl --no-repar", "unrecognized arguments: --no-repar"),

@@ -118,6 +118,39 @@ def test_kernels_of_a_gpu_hold_little_more_than_that_of_a_cpu(world):
     assert turing > 1.2 * ampere
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "more"),
+    [("cpu", (0, 0), 0), ("cuda", (8, 0), 2 + 4), ("cuda", (7, 5), None)],
+)
+def test_what_a_backward_pass_of_attention_holds(device, capability, more):
+    """Per number of the query: flash wants the output in another layout, and adds up a gradient in float32."""
+    tensors = [torch.empty(1, 2, 50, 8, dtype=torch.bfloat16, device=META) for _ in range(5)]
+    lse, run = torch.empty(1, 2, 50, device=META), DryRun(SPEED, device, capability)
+    with run:
+        phase = run.begin("backward")
+        found = attention.attend_backward(*tensors, lse, True, 1.0)
+    size = tensors[0].numel()
+    if more is None:
+        assert phase.peak > 3 * 4 * 2 * 50 * 50  # three float32 matrices of scores
+    else:
+        assert phase.peak == 3 * 2 * size + more * size
+    assert len(found) == 3
+
+
+def test_prompts_of_unequal_length_are_sampled_without_a_fused_kernel(world):
+    """On a GPU their padding needs a bias, which no fused kernel takes: scores are held, and more calls are made."""
+    _, meta = both(world, "qwen2_5_vl")
+    found = {}
+    for num in (1, 2):
+        prompts, run = [make_prompt(meta.model.config, device=META)] * num, DryRun(SPEED, "cuda", (8, 0))
+        with run:
+            run.begin("vision")
+            embeds = meta.embed_each(prompts)
+            sample(run, meta, Call(prompts, embeds, G, T, 1))
+        found[num] = run.phases["decode"].seconds
+    assert found[2] > 1.1 * found[1]  # a launch costs as much for one prompt as for two
+
+
 def check_update(world, family: str, kind: str, device: str = "cpu", rel: float = 0.01) -> int:
     """Compares both, and returns the most that a forward and backward pass holds."""
     real, meta = both(world, family, **KINDS[kind])

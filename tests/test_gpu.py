@@ -63,6 +63,12 @@ def test_what_is_done_is_written_before_the_next_part(gpu, tmp_path, monkeypatch
     assert {check["part"] for check in checks_of(tmp_path)} == {"attention", "packed"}
 
 
+def test_a_folder_that_cannot_be_made_is_named(gpu, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^error: .*File exists: .*file"):
+        gpu.main(["--shrink", "--out", str(tmp_path / "file")])
+
+
 def test_without_a_gpu_it_says_so(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"error: torch finds no NVIDIA GPU here; --shrink"):

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "signals": set(),
     "environment": set(),
     "selfcheck": CORE & {"loader", "policy", "prompts", "records", "rollout", "run"}
-    | {"attention", "environment", "kernelcheck", "video", "workers"},
+    | {"attention", "environment", "kernelcheck", "settings", "video", "workers"},
     "kernelcheck": {"attention"},
     "optim": set(),
     "data": {"records", "manifest"},

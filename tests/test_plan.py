@@ -53,6 +53,8 @@ def test_a_card_without_fused_attention_in_bfloat16_needs_more(world, tmp_path):
         assert (turing["backward"] > 1.1 * ampere["backward"]) == cards_differ
     with pytest.raises(ValueError, match=r"plan.capability must be above 0"):
         PlanConfig(capability=0)
+    with pytest.raises(ValueError, match=r"plan.capability must be below 20, .* got 80"):
+        PlanConfig(capability=80)
 
 
 def test_the_report_says_it_all(tiny_plan):

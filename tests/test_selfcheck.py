@@ -121,8 +121,33 @@ def test_wrong_gradients_of_a_kernel_are_named(world, tmp_path, monkeypatch, dty
     monkeypatch.setattr(attention, "attend_backward", as_it_was)
     (text,) = failures(world, tmp_path, make_policy(world, dtype=dtype))
     assert text.startswith("gradients of attention: on cpu, with ") and " 4 completions of 1 to 6, the packed" in text
+    num_prompt = len(first_prompt_of(world, tmp_path).ids)
+    assert f"with {num_prompt} prompt tokens and" in text and num_prompt > 20
     assert "gradient of query" in text and "gradient of key" in text and "values" not in text
     assert f"{dtype} allows " in text and "benchmarks/gpu.py" in text
+
+
+def first_prompt_of(world, tmp_path):
+    cfg = make_cfg(world, tmp_path)
+    builder = make_builder(cfg, make_policy(world).tokenizer, "cpu")
+    return builder(data.read_samples(cfg.data.train)[0])
+
+
+def test_a_gradient_that_is_no_number_is_named(world, tmp_path, monkeypatch):
+    """The defect gives NaN at the shapes of released models, and a comparison with NaN is never true."""
+    errors = {"values": 1e-7, "gradient of query": 1e-7, "gradient of key": float("nan"), "gradient of value": 1e-7}
+    monkeypatch.setattr("kernelcheck.attention_errors", lambda *_: errors)
+    (text,) = failures(world, tmp_path, make_policy(world))
+    assert "float32 allows 0.0001: gradient of key nan. Usual" in text
+
+
+def test_attention_is_tried_in_the_shapes_of_the_run(world, tmp_path):
+    def lengths(size: int, longest: int) -> list[int]:
+        overrides = f"rollout.group_size={size}", f"rollout.max_new_tokens={longest}"
+        return selfcheck.ragged_lengths(make_cfg(world, tmp_path, *overrides))
+
+    assert lengths(4, 10) == [1, 4, 7, 10] and lengths(2, 4) == [1, 4] and lengths(16, 2048)[::7] == [1, 150]
+    assert len(lengths(16, 2048)) == 8 and selfcheck.ragged_lengths(sft_cfg(world, tmp_path)) == [1, 150]
 
 
 def test_wrong_gradients_end_a_run_before_its_first_step(world, tmp_path, monkeypatch):
