@@ -165,7 +165,7 @@ def test_a_program_in_bfloat16_checks_itself_and_goes_on(results, name):
     """A resume takes the same second step, because the checkpoint has the float32 weights; final/ has them rounded."""
     folder, found = results(name)
     whole, resumed = found["twice"]
-    assert "self-check: 6 checks" in whole["printed"] and "self-check: 5 checks" in resumed["printed"]
+    assert "self-check: 7 checks" in whole["printed"] and "self-check: 6 checks" in resumed["printed"]
     assert [row["step"] for row in whole["rows"]] == [1, 2] and min(row["grad_norm"] for row in whole["rows"]) > 0
     assert whole["rows"] == resumed["rows"]
     assert_close(resumed["masters"], whole["masters"], atol=0, rtol=0)
