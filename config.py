@@ -163,7 +163,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 50  # steps between validations; 0 for none
-    num_samples: int = 200  # at most so many validation samples, the first ones; 0 for all
+    num_samples: int = 200  # at most so many validation samples, evenly over tasks and sources; 0 for all
     batch_size: int = 32  # videos per call of generate and process
     max_new_tokens: int = 2048  # greedy tokens at most
     answer: Literal["tagged", "tagged_or_text"] = "tagged"  # what counts as the answer when there is no answer block

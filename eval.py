@@ -47,9 +47,10 @@ from pretrained import load_policy, save_model
 from prompts import Prompt, PromptBuilder, make_builder
 from records import Sample
 from rollout import generate
-from run import Run
+from run import Run, warn
 from selfcheck import check_model, check_ranks
 from signals import interruptible
+from splits import counts_of, shared, spread
 from video import VideoError
 from workers import Workers
 
@@ -135,17 +136,24 @@ def head_of(sample: Sample) -> dict[str, Any]:
 class Validator:
     """Metrics on the validation samples every `eval.every` steps; the model with the best mean of them is kept.
 
-    The mean is over tasks, of `MAIN_METRIC`. `state` survives a resume.
+    The mean is over tasks, of `MAIN_METRIC`. `state` survives a resume. The samples are `eval.num_samples` of the
+    validation set, evenly over tasks and sources; what they share with the training set `train` is a warning.
     """
 
-    def __init__(self, cfg, builder: PromptBuilder, workers: Workers, run: Run):
+    def __init__(self, cfg, builder: PromptBuilder, workers: Workers, run: Run, train: Sequence[Sample]):
         self.cfg, self.builder, self.workers, self.run = cfg, builder, workers, run
         self.state = {"best": run.state.get("best", -1.0)}
         self.samples = []
         if cfg.data.validation and cfg.eval.every:
             self.samples = read_samples(cfg.data.validation, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
+        num = len(self.samples)
         if cfg.eval.num_samples:
-            self.samples = self.samples[: cfg.eval.num_samples]
+            self.samples = spread(self.samples, cfg.eval.num_samples)
+        if self.samples and run.is_main:
+            print(f"validation: {len(self.samples)} of {num} records: {counts_of(self.samples)}")
+            records, videos = shared(train, self.samples)
+            if records or videos:
+                warn(f"{records} validation records and {videos} validation videos are in the training set as well")
 
     def __call__(self, step: int, policy: Policy) -> dict[str, float]:
         """`validation/<task>/<metric>` when it is time after `step` steps, else nothing."""

@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "batches": {"records", "run"},
     "scores": {"loader", "pretrained", "records", "run"},
     "selection": {"grpo"},
-    "eval": CORE - {"grpo"} | {"environment", "video", "workers", "batches", "metrics", "compare", "plain"},
+    "eval": CORE - {"grpo"}
+    | {"environment", "video", "workers", "batches", "metrics", "compare", "plain", "splits"},
+    "splits": {"records"},
     "metrics": {"plain", "rewards"},
     "plain": {"rewards"},
     "compare": {"metrics", "data", "settings"},
