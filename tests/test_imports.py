@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "scores": {"loader", "pretrained", "records", "run"},
     "selection": {"grpo"},
     "eval": CORE - {"grpo"}
-    | {"environment", "video", "workers", "batches", "metrics", "compare", "plain", "splits"},
+    | {"environment", "video", "workers", "batches", "blind", "metrics", "compare", "plain", "splits"},
+    "blind": {"data", "metrics", "records"},
     "splits": {"records"},
     "metrics": {"plain", "rewards"},
     "plain": {"rewards"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "costs": {"config", "dryrun", "engine", "lengths", "optim", "policy", "prompts", "video"},
     "dryrun": {"attention", "config", "policy", "pretrained", "prompts", "rollout"},
     "lengths": {"manifest", "prompts", "readers", "records", "video"},
-    "report": {"arguments", "checkpoint", "compare", "curves", "metrics", "samples", "settings"},
+    "report": {"arguments", "blind", "checkpoint", "compare", "curves", "metrics", "samples", "settings"},
     "samples": {"readers", "rewards", "video"},
     "curves": set(),
     "timelines": {"rewards"},
