@@ -163,7 +163,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 50  # steps between validations; 0 for none
-    num_samples: int = 200  # at most so many validation samples, the first ones; 0 for all
+    num_samples: int = 200  # at most so many validation samples, evenly over tasks and sources; 0 for all
     batch_size: int = 32  # videos per call of generate and process
     max_new_tokens: int = 2048  # greedy tokens at most
     answer: Literal["tagged", "tagged_or_text"] = "tagged"  # what counts as the answer when there is no answer block
@@ -177,11 +177,13 @@ class AnswerConfig:
     temperature: float = 0.0  # of sampling; 0: greedy
     answer: Literal["tagged", "tagged_or_text"] = "tagged"  # what counts as the answer when there is no answer block
     unanswered: Literal["wrong", "skip"] = "wrong"  # skip: questions without a usable answer are left out
+    blind: bool = False  # the questions are asked again, each with the clip of another video of similar length
 
 
 @dataclass(frozen=True)
 class TestDataConfig:
     test: str = "tiny_world/tvg_test.yaml"  # what to evaluate: .yaml, .jsonl or .json, as for training
+    floor: str = ""  # training set whose best constant answers are scored beside the model, see blind.py; "" for none
     out_of_clip: Literal["clamp", "drop", "error"] = "clamp"
     manifest: str = ""
     workers: int = 2

@@ -26,6 +26,7 @@ WORLD = "tiny_world"
 SFT_LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # the sweep; steps are swept by keeping the best of the validations
 COLUMNS = {
     "tvg/miou": ("eval_{}", "tvg", "miou"),
+    "tvg/r1@0.7": ("eval_{}", "tvg", "r1@0.7"),
     "tvg_ood/miou": ("eval_{}_ood", "tvg", "miou"),
     "mcqa/accuracy": ("eval_{}", "mcqa", "accuracy"),
     "gqa/acc_gqa": ("eval_{}", "gqa", "acc_gqa"),
@@ -98,6 +99,15 @@ def values(root: Path, name: str, column: str) -> dict[str, float]:
     return {row["id"]: 100 * metrics.sample_values(row)[COLUMNS[column][2]] for row in rows_of(root, name, column)}
 
 
+def floors(root: Path) -> dict[str, float]:
+    """What the best constant answer of the training set earns in each column: the floor that any model has to pass."""
+    found = {}
+    for column, (folder, task, metric) in COLUMNS.items():
+        content = json.loads((root / folder.format("base") / "metrics.json").read_text())
+        found[column] = round(content["floor"][task][metric], 4)
+    return found
+
+
 def paired(root: Path) -> dict[str, dict[str, list[float]]]:
     """For each pair of rows and column: mean difference in points and its paired 95% interval."""
     result: dict[str, dict[str, list[float]]] = {}
@@ -166,10 +176,13 @@ def smooth(series: list[float], window: int = 20) -> np.ndarray:
 
 
 def print_table(roots: list[Path]) -> None:
-    """Mean over the runs (and standard deviation, where there are several), then the paired differences of each."""
+    """Mean over the runs (and standard deviation, where there are several), then the paired differences of each.
+
+    The row `floor` is the best constant answer of the training set.
+    """
     results = [json.loads((root / "results.json").read_text()) for root in roots]
     print("| |" + "|".join(COLUMNS) + "|\n|---|" + "---|" * len(COLUMNS))
-    for name in ("base", "sft", "grpo"):
+    for name in ("floor", "base", "sft", "grpo"):
         cells = []
         for column in COLUMNS:
             numbers = [result["rows"][name][column] for result in results]
@@ -194,6 +207,7 @@ def run_demo(root: Path, seed: int) -> None:
     with watch("eval"):
         evaluate_all(root, models)
     rows = {n: {c: round(float(np.mean(list(values(root, n, c).values()))), 4) for c in COLUMNS} for n in models}
+    rows["floor"] = floors(root)
     result = {"rows": rows, "seconds": watch.seconds, "seed": seed, "paired": paired(root)}
     result |= {
         "seen": seen(root, models["sft"].parent),

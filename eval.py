@@ -11,7 +11,8 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import config
 from batches import DoneBatches, cut, remove_lines
+from blind import floor_line, floor_of, swap_clips
 from checkpoint import write_text
 from compare import compare, read_predictions
 from config import EvalRunConfig
@@ -47,9 +49,10 @@ from pretrained import load_policy, save_model
 from prompts import Prompt, PromptBuilder, make_builder
 from records import Sample
 from rollout import generate
-from run import Run
+from run import Run, warn
 from selfcheck import check_model, check_ranks
 from signals import interruptible
+from splits import counts_of, shared, spread
 from video import VideoError
 from workers import Workers
 
@@ -132,20 +135,32 @@ def head_of(sample: Sample) -> dict[str, Any]:
     return {"id": sample.id} | truth_of(sample)
 
 
+def blind_head_of(sample: Sample, own: Mapping[str, Sample]) -> dict[str, Any]:
+    """The same where the sample has the clip of another one: the truth of its own clip, and which video was shown."""
+    return head_of(own[sample.id]) | {"shown": os.path.basename(sample.video)}
+
+
 class Validator:
     """Metrics on the validation samples every `eval.every` steps; the model with the best mean of them is kept.
 
-    The mean is over tasks, of `MAIN_METRIC`. `state` survives a resume.
+    The mean is over tasks, of `MAIN_METRIC`. `state` survives a resume. The samples are `eval.num_samples` of the
+    validation set, evenly over tasks and sources; what they share with the training set `train` is a warning.
     """
 
-    def __init__(self, cfg, builder: PromptBuilder, workers: Workers, run: Run):
+    def __init__(self, cfg, builder: PromptBuilder, workers: Workers, run: Run, train: Sequence[Sample]):
         self.cfg, self.builder, self.workers, self.run = cfg, builder, workers, run
         self.state = {"best": run.state.get("best", -1.0)}
         self.samples = []
         if cfg.data.validation and cfg.eval.every:
             self.samples = read_samples(cfg.data.validation, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
+        num = len(self.samples)
         if cfg.eval.num_samples:
-            self.samples = self.samples[: cfg.eval.num_samples]
+            self.samples = spread(self.samples, cfg.eval.num_samples)
+        if self.samples and run.is_main:
+            print(f"validation: {len(self.samples)} of {num} records: {counts_of(self.samples)}")
+            records, videos = shared(train, self.samples)
+            if records or videos:
+                warn(f"{records} validation records and {videos} validation videos are in the training set as well")
 
     def __call__(self, step: int, policy: Policy) -> dict[str, float]:
         """`validation/<task>/<metric>` when it is time after `step` steps, else nothing."""
@@ -180,6 +195,7 @@ class Validator:
 def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
     """Answer every test sample; writes predictions.jsonl and metrics.json into `run.dir`, returns the metrics.
 
+    With `eval.blind` every question is also asked of another clip: predictions_blind.jsonl, `blind` of the metrics.
     With `resume`, a run that was stopped goes on, and leaves what it would have left.
     """
     with user_errors():
@@ -187,22 +203,36 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
         if (run.dir / "metrics.json").is_file():
             return _finished(run)
         samples = read_samples(cfg.data.test, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
+        asked = {"": (samples, head_of)}  # by the end of the files' names
+        if cfg.eval.blind:
+            asked["_blind"] = (swap_clips(samples), partial(blind_head_of, own={s.id: s for s in samples}))
+        floor = _floor(cfg, samples, run)
         policy = load_policy(cfg.model, cfg.eval.temperature or 1.0).to(run.engine.device)
         check_ranks(policy, samples, cfg, run)
         by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
-        answered = DoneBatches(run, "answers", cut(samples, cfg.eval.batch_size), head_of, by)
+        answered = {
+            end: DoneBatches(run, f"answers{end}", cut(shown, cfg.eval.batch_size), head, by)
+            for end, (shown, head) in asked.items()
+        }
         builder = make_builder(cfg, policy.tokenizer, policy.device)
     with run.engine.phase("answers"):
-        _answer_all(answered, policy, builder, cfg, run)
-    rows = answered.gather()
+        for part in answered.values():
+            _answer_all(part, policy, builder, cfg, run)
+    rows = {end: batches.gather() for end, batches in answered.items()}
     env = json.loads((run.dir / "env.json").read_text(encoding="utf-8"))
     spec = specification(cfg, policy.tokenizer) | by | {"packages": env["packages"], "commit": env["commit"]}
-    metrics = {"spec": spec | {"num_samples": len(rows), "data_hash": truth_hash(rows)}}
-    metrics |= {"predictions": "predictions.jsonl"} | score_predictions(rows, cfg.eval.answer, cfg.eval.unanswered)
+    metrics = {"spec": spec | {"num_samples": len(samples), "data_hash": truth_hash(rows[""])}}
+    scored = {
+        end: {"predictions": f"predictions{end}.jsonl"} | score_predictions(of, cfg.eval.answer, cfg.eval.unanswered)
+        for end, of in rows.items()
+    }
+    metrics |= scored[""] | {"floor": floor} | ({"blind": scored["_blind"]} if cfg.eval.blind else {})
     if run.is_main:
-        write_text(run.dir / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        for end, of in rows.items():
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in of)
+            write_text(run.dir / f"predictions{end}.jsonl", "".join(lines))
         write_text(run.dir / "metrics.json", as_json(metrics))
-        remove_lines(run, "answers")
+        _remove_lines(run)
         print_metrics(metrics)
     run.finish()
     return metrics
@@ -210,12 +240,28 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
 
 def _finished(run: Run) -> dict[str, Any]:
     metrics = json.loads((run.dir / "metrics.json").read_text(encoding="utf-8"))
-    remove_lines(run, "answers")
+    _remove_lines(run)
     if run.is_main:
         print(f"{run.dir} is finished:")
         print_metrics(metrics)
     run.finish()
     return metrics
+
+
+def _remove_lines(run: Run) -> None:
+    for name in ("answers", "answers_blind"):
+        remove_lines(run, name)
+
+
+def _floor(cfg: EvalRunConfig, samples: Sequence[Sample], run: Run) -> dict[str, dict]:
+    """The best constant answers of the training set; a line says for which tasks there are none."""
+    data = cfg.data.floor
+    floor = floor_of(data, samples, cfg.data.out_of_clip, cfg.run.seed) if data else {}
+    missing = sorted({sample.task for sample in samples} - floor.keys())
+    if missing and run.is_main:
+        reason = f"{data} has no record of it" if data else "data.floor names no training set"
+        print(f"no floor of {', '.join(missing)}: {reason}")
+    return floor
 
 
 def _answer_all(answered: DoneBatches, policy: Policy, builder: PromptBuilder, cfg: EvalRunConfig, run: Run) -> None:
@@ -230,8 +276,9 @@ def _answer_all(answered: DoneBatches, policy: Policy, builder: PromptBuilder, c
                 check_model(policy, None, samples, builder, workers, cfg, run)
         batches = [answered.batches[number] for number in mine]
         predicted = predict(policy, batches, builder, workers, cfg.eval, cfg.eval.num_answers, seed)
-        bar = tqdm(predicted, total=len(mine), desc="eval", unit="batch", disable=not run.is_main)
+        bar = tqdm(predicted, total=len(mine), desc=answered.name, unit="batch", disable=not run.is_main)
         for number, rows in zip(mine, bar, strict=True):
+            rows = [row | answered.head(sample) for row, sample in zip(rows, answered.batches[number], strict=True)]
             with user_errors():
                 answered.add(number, rows)
             bad += [row for row in rows if "error" in row]
@@ -286,6 +333,11 @@ def print_metrics(metrics: dict[str, Any]) -> None:
             notes += f"; {round(values['n'] * values['parse_fail'] / 100)} without a usable answer counted as wrong"
         notes += f"; {values['num_skipped']} without any answer left out" if values["num_skipped"] else ""
         print(f"{task}: n {values['n']} {shown}{notes}")
+    for task, values in metrics.get("floor", {}).items():
+        print(floor_line(task, values))
+    if "blind" in metrics:
+        print("with the clip of another video:")
+        print_metrics(metrics["blind"])
 
 
 def _run_command(args: argparse.Namespace) -> None:
@@ -313,16 +365,20 @@ def _score_command(args: argparse.Namespace) -> None:
 
 
 def _spec_beside(predictions: Path) -> dict[str, Any]:
-    """The specification that `eval.py run` left beside these predictions; {} where they are not its own."""
+    """The specification that `eval.py run` left beside these predictions; {} where they are not its own.
+
+    That of blind predictions has `blind`, so that nobody compares them with others by mistake.
+    """
     path = predictions.parent / "metrics.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["predictions"] != predictions.name or not isinstance(content["spec"], dict):
+        is_blind = "blind" in content and content["blind"]["predictions"] == predictions.name
+        if (not is_blind and content["predictions"] != predictions.name) or not isinstance(content["spec"], dict):
             return {}
         check_modes(content["spec"]["answer"], content["spec"]["unanswered"])
     except (OSError, ValueError, TypeError, LookupError):
         return {}
-    return content["spec"]
+    return content["spec"] | ({"blind": True} if is_blind else {})
 
 
 def _compare_command(args: argparse.Namespace) -> None:

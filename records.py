@@ -40,6 +40,12 @@ class Sample:
     extra: dict[str, Any] | None = None  # further columns, for reward functions (rewards.functions)
 
 
+def source_of(sample: Sample) -> str:
+    """The data set that a sample is from: its `source`, else what stands before the / of its id, else ""."""
+    head, slash, _ = sample.id.partition("/")
+    return sample.source or (head if slash else "")
+
+
 class BadRecord(ValueError):
     """A record that cannot be used, with its reason."""
 

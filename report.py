@@ -31,6 +31,7 @@ import yaml
 
 import samples
 from arguments import user_errors
+from blind import in_words
 from checkpoint import write_text
 from compare import Result, differing_keys, read_result
 from curves import Curve, Series, nice_ticks, sections
@@ -54,6 +55,7 @@ SETTINGS = {  # what the summary says of a configuration, the first form whose k
     "Updates per rollout": ["{loss.updates_per_rollout}"],
     "Seed": ["{run.seed}"],
 }
+CLOSE = "r1@0.7"  # the share of questions whose span is close to the truth, shown beside the main metric
 TASKS = {"tvg": "temporal grounding", "mcqa": "multiple choice", "gqa": "grounded QA"}
 
 
@@ -213,15 +215,28 @@ def by_questions(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def task_table(task: str, group: Sequence[Evaluation]) -> dict[str, Any]:
-    """Metrics of a task, the main one first: of each result [value, low, high], and so its difference to the first."""
+    """Metrics of a task, the main one first: of each result [value, low, high], and so its difference to the first.
+
+    `close` is the stricter metric shown beside the main one, if the task has it. `floor` is what the best constant
+    answer of a training set earns, if a result has it: in words, its main cell and its `close` cell.
+    """
     of, main, rows = [e.content["tasks"][task] for e in group], MAIN_METRIC[task], []
     for name in sorted((n for n, value in of[0].items() if isinstance(value, float)), key=lambda n: n != main):
         cells = [[values.get(name), *values.get(f"{name}_ci95", (None, None))] for values in of]
         rows.append((name, cells, [difference(task, name, group[0].result, e.result) for e in group[1:]]))
-    ticks = nice_ticks(min(cell[1] for cell in rows[0][1]), max(cell[2] for cell in rows[0][1]))
+    close = next((cells for name, cells, _ in rows if name == CLOSE), None)
+    floor = next((e.content["floor"][task] for e in group if task in e.content.get("floor", {})), None)
+    shown = list(rows[0][1])
+    if floor:
+        cells = [[floor.get(name), *floor.get(f"{name}_ci95", (None, None))] for name in (main, CLOSE)]
+        words = f"{in_words(floor['constant'])}: the best on {floor['constant']['data']}"
+        floor = {"title": cut(words, MAX_NAME), "main": cells[0], "close": cells[1]}
+        shown.append(cells[0])
+    ticks = nice_ticks(min(cell[1] for cell in shown), max(cell[2] for cell in shown))
     types = [e.content.get("types", {}).get(task, {}) for e in group]
     by_type = [(cut(name, MAX_NAME), [one.get(name, {}) for one in types]) for name in sorted(set(chain(*types)))]
-    return {"task": task, "n": of[0]["n"], "main": main, "rows": rows, "ticks": ticks, "types": by_type}
+    table = {"task": task, "n": of[0]["n"], "main": main, "rows": rows, "ticks": ticks, "types": by_type}
+    return table | {"close": close, "floor": floor}
 
 
 def paired(task: str, name: str, a: Result, b: Result) -> list[tuple[Any, float, float]]:

@@ -14,7 +14,7 @@ import yaml
 
 from loader import NUM_LISTED
 from pretrained import weights_hash
-from records import Sample
+from records import Sample, source_of
 from run import config_differences
 
 SCORES = "scores.jsonl"
@@ -37,14 +37,13 @@ def lines_of(rows: Sequence[dict]) -> str:
 
 
 def head_of(sample: Sample) -> dict[str, str]:
-    """What every row says of its sample; its source is, unless it names one, what stands before the / of its id.
+    """What every row says of its sample.
 
     `item` is a hash of what the rewards depend on: scores of an item that has changed since are an error.
     """
-    head, slash, _ = sample.id.partition("/")
     asked = (sample.question, sample.options, sample.answer, sample.segments, sample.clip, Path(sample.video).name)
     item = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
-    return {"id": sample.id, "task": sample.task, "source": sample.source or (head if slash else ""), "item": item}
+    return {"id": sample.id, "task": sample.task, "source": source_of(sample), "item": item}
 
 
 def read_scores(path: Path, samples: Sequence[Sample]) -> list[dict]:

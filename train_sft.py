@@ -86,7 +86,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
         check_ranks(raw, samples, cfg, run)
         builder = make_builder(cfg, raw.tokenizer, raw.device)
         workers = make_workers(builder, cfg.data)
-        validator = Validator(cfg, builder, workers, run)
+        validator = Validator(cfg, builder, workers, run, samples)
         clock = Clock(run.engine.phase)
         loader = Loader(samples, builder, workers, cfg, run, clock)
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)

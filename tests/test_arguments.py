@@ -25,6 +25,7 @@ OTHERS = {  # a command line with a misspelt option, and the end of what is said
     "eval.py score a.jsonl": ("b.jsonl --out c.json", "unrecognized arguments: b.jsonl"),
     "eval.py compare": ("a.json --alow prompt", "unrecognized arguments: --alow prompt"),
     "data.py check": ("a.jsonl --vidoes b", "unrecognized arguments: --vidoes b"),
+    "blind.py": ("a b --floor c", "unrecognized arguments: --floor c"),
     "convert.py": ("mmvu --annotations a --out b.jsonl --no-repar", "unrecognized arguments: --no-repar"),
     "report.py": ("a --wacht 10", "unrecognized arguments: --wacht 10"),
     "pretrained.py merge": ("a b --otu c", "unrecognized arguments: --otu c"),

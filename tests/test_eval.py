@@ -4,6 +4,7 @@ import gc
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,79 @@ def test_two_processes_answer_as_one_and_go_on_where_one_stopped(world, whole, t
     assert result.returncode == 0, result.stderr[-2000:]
     left = [(folder / "predictions.jsonl").read_bytes() for folder in (whole, tmp_path / "two")]
     assert left[0] == left[1]
+
+
+# ---- floors --------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_constant_answers_of_the_training_set_stand_beside_the_model(world, tmp_path, capsys):
+    """Two training questions say 20% to 60%; the test set's own best would be 50% to 100%."""
+    rows = {"train": [(10, [2, 6]), (20, [4, 12])], "test": [(10, [5, 10]), (10, [5, 10])]}
+    clip = read_jsonl(world / "tvg_train.jsonl")[0]
+    (tmp_path / "videos").symlink_to(world / "videos")
+    for name, spans in rows.items():
+        records = [clip | {"id": f"{name}{i}", "duration": d, "segments": [s]} for i, (d, s) in enumerate(spans)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = [f"data.test={tmp_path}/test.jsonl", f"data.floor={tmp_path}/train.jsonl"]
+    evaluation.main(args_of(world, tmp_path / "x", *words))
+    assert "floor of tvg, always 20% to 60% of the clip: n 2 miou 12.50 " in capsys.readouterr().out
+    found = json.loads((tmp_path / "x" / "metrics.json").read_text())
+    assert found["floor"]["tvg"]["miou"] == 12.5  # 1 s of 8
+    assert found["tasks"]["tvg"].keys() | {"constant"} == found["floor"]["tvg"].keys()
+    for floor, reason in (
+        ("", "data.floor names no training set"),
+        (f"{world}/mcqa_train.yaml", "has no record of it"),
+    ):
+        evaluation.main(args_of(world, tmp_path / "y", words[0], f"data.floor={floor}"))
+        assert re.search(f"no floor of tvg: .*{reason}\n", capsys.readouterr().out)
+        assert json.loads((tmp_path / "y" / "metrics.json").read_text())["floor"] == {}
+        shutil.rmtree(tmp_path / "y")
+    with pytest.raises(SystemExit, match=r"error: data file nowhere.jsonl not found"):
+        evaluation.main(args_of(world, tmp_path / "z", "data.floor=nowhere.jsonl"))
+
+
+def test_blind_answers_are_of_another_clip_and_stand_apart(world, whole, tmp_path, monkeypatch, capsys):
+    """Stopped in the middle of them and gone on with; the sighted answers are those of a run without."""
+    words = args_of(world, tmp_path / "x", "eval.blind=true")
+    num = -(-len(ids_of(whole / "predictions.jsonl")) // 4)
+    with monkeypatch.context() as patched:
+        stop_after(patched, num + 2)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main(words)
+    added, add = [], evaluation.DoneBatches.add
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation.DoneBatches, "add", lambda self, n, rows: (added.append(n), add(self, n, rows)))
+        evaluation.main([*words, "--resume"])
+    assert added == list(range(2, num))
+    assert not list((tmp_path / "x").glob("answers*"))
+    assert (tmp_path / "x" / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
+    sighted, blind = (read_jsonl(tmp_path / "x" / f"predictions{end}.jsonl") for end in ("", "_blind"))
+    used = {"response", "pred_choice", "pred_segments", "num_tokens", "num_truncated", "video_tokens", "frames_cut"}
+    for a, b in zip(sighted, blind, strict=True):
+        assert {k: v for k, v in a.items() if k not in used} == {
+            k: v for k, v in b.items() if k not in used | {"shown"}
+        }
+        assert b["shown"] != a["video"]
+    shown = {row["shown"]: row["video_tokens"] for row in blind}
+    own = {row["video"]: row["video_tokens"] for row in sighted}
+    assert all(own[video] == tokens for video, tokens in shown.items())
+    found = json.loads((tmp_path / "x" / "metrics.json").read_text())
+    assert found["tasks"] == json.loads((whole / "metrics.json").read_text())["tasks"]
+    assert found["blind"]["predictions"] == "predictions_blind.jsonl"
+    assert found["blind"]["tasks"] == metrics.score_predictions(blind)["tasks"]
+
+
+def test_blind_results_are_compared_with_sighted_ones_only_when_asked(world, whole, tmp_path, capsys):
+    evaluation.main(args_of(world, tmp_path / "x", "eval.blind=true", "run.self_check=false"))
+    out = str(tmp_path / "blind.json")
+    evaluation.main(["score", str(tmp_path / "x" / "predictions_blind.jsonl"), "--out", out])
+    evaluation.main(["compare", str(whole), str(tmp_path / "x")])  # its sighted answers
+    allowed = ["--allow", "blind"]
+    with pytest.raises(SystemExit, match=r"different specifications: blind \(None, True\)\. --allow KEY"):
+        evaluation.main(["compare", str(tmp_path / "x"), out])
+    capsys.readouterr()
+    evaluation.main(["compare", str(tmp_path / "x"), out, *allowed])
+    assert "tvg: n" in capsys.readouterr().out
 
 
 # ---- several answers -----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -30,7 +31,7 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.elements, self.text, self.raw, self._open = [], "", {}, None
+        self.html, self.elements, self.text, self.raw, self._open = html, [], "", {}, None
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -45,6 +46,12 @@ class Page(HTMLParser):
             self.raw[self._open] = self.raw.get(self._open, "") + data
         else:
             self.text += data
+
+    def rows(self, name: str) -> list[list[str]]:
+        """The texts of the cells of each row of the table of this class."""
+        table = re.search(f'<table class="{name}">(.*?)</table>', self.html, re.DOTALL)[1]
+        cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in table.split("<tr")[1:]]
+        return [[re.sub("<.*?>", "", cell) for cell in row] for row in cells]
 
     @property
     def data(self) -> dict:
@@ -253,6 +260,30 @@ def test_the_table_has_the_stored_intervals_and_the_paired_difference(tmp_path):
     clusters = [f"q{i}.mp4 None" for i in range(8)]
     assert gain == pytest.approx(paired_interval(*ious, clusters=clusters))
     assert table["ticks"][0] <= min(cell[1] for cell in cells) and max(cell[2] for cell in cells) <= table["ticks"][-1]
+
+
+def test_the_floor_is_a_row_and_r1_a_column(tmp_path):
+    """IoUs are 10/10, 9/11, 8/12 and less, where the third is no longer close. The floor of one result is shown once.
+    Multiple choice has no such column."""
+    choices = [prediction(f"m{i}", 5, task="mcqa", answer="B", pred_choice="B", response=None) for i in range(2)]
+    folders = [write_evaluation(tmp_path / name, rows + choices) for name, rows in (("a", BEFORE), ("b", AFTER))]
+    content = json.loads((folders[0] / "metrics.json").read_text())
+    constant = {"data": "tiny_world/mix_train.yaml", "span": [0.15, 0.85]}
+    floor = {"n": 8, "miou": 36.9, "miou_ci95": [33.0, 41.0], "r1@0.7": 4.5, "r1@0.7_ci95": [2.0, 7.0]}
+    (folders[0] / "metrics.json").write_text(json.dumps(content | {"floor": {"tvg": floor | {"constant": constant}}}))
+    a, b = (report.read_run(folder, folder.name) for folder in folders)
+    table = task_table("tvg", [a, b])
+    assert [cell[0] for cell in table["close"]] == [25.0, 50.0]  # 10/10, 9/11; 10/10, 10/10, 9/11, 9/11
+    assert table["floor"]["main"] == [36.9, 33.0, 41.0] and table["floor"]["close"] == [4.5, 2.0, 7.0]
+    assert table["ticks"][0] <= 33
+    assert task_table("mcqa", [a, b])["close"] is None and task_table("mcqa", [a, b])["floor"] is None
+    page = written(*folders)
+    assert page.text.count("R1@0.7") == 1 and page.text.count("The best constant answer is") == 1
+    titles = [attributes.get("title") for _, attributes in page.elements]
+    assert "15% to 85% of the clip: the best on tiny_world/mix_train.yaml" in titles
+    for row in page.rows("results"):
+        assert len(row) == len(page.rows("results")[0]), row
+    assert [row[0] for row in page.rows("results") if row[1].startswith("36.9")] == ["best constant answer"]
 
 
 def test_the_scatter_counts_what_got_better(tmp_path):

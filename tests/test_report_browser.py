@@ -141,6 +141,24 @@ def test_links_to_a_sample(simple, visit):
     assert page.url.endswith("#curves")
 
 
+def test_a_report_opens_at_its_top_and_a_link_at_its_sample(tmp_path, visit):
+    """Marking the newest sample in the list once scrolled the whole page down to it."""
+    rows = [sample_row(step, f"id{step}") for step in range(1, 101)]
+    path = written(write_training(tmp_path / "run", [metrics_row(step, 100) for step in range(1, 101)], rows))
+    page = visit(path)
+    assert page.get_attribute("#list a:first-child", "aria-current") is not None
+    assert page.evaluate("document.documentElement.scrollHeight") > 2 * 900 and page.evaluate("scrollY") == 0
+    page = visit(path, "#sample=id50")
+    assert "id50" in page.inner_text("#detail h3")
+    assert page.evaluate("document.querySelector('#samples').getBoundingClientRect().top") == pytest.approx(0, abs=1)
+    box, entry = (page.locator(name).bounding_box() for name in ("#list", "#list [aria-current]"))
+    assert box["y"] - 1 <= entry["y"] and entry["y"] + entry["height"] <= box["y"] + box["height"] + 1
+    page.click("text=Previous")
+    assert "id51" in page.inner_text("#detail h3")
+    page.click("nav.page >> text=Curves")
+    assert page.evaluate("document.querySelector('#curves').getBoundingClientRect().top") == pytest.approx(0, abs=1)
+
+
 def test_the_value_under_the_pointer(simple, visit):
     """The values once made the caption higher, which moved the plot away from under the pointer."""
     page = visit(simple)

@@ -133,6 +133,26 @@ def test_validation_keeps_the_best_model(grpo_run):
     assert all(torch.equal(best[name], final[name]) for name in final) == is_last
 
 
+@pytest.mark.parametrize("loop", ["grpo", "sft"])
+def test_validation_is_of_all_tasks_and_tells_what_it_shares_with_training(world, tmp_path, capsys, loop):
+    """The first samples of a mix are all of one task; those of the training set are no test of anything."""
+    make, train = (make_cfg, train_grpo.train) if loop == "grpo" else (sft_cfg, train_sft.train)
+    for split, tells in (("validation", False), ("train", True)):
+        mix = (f"data.train={world}/mix_train.yaml", f"data.validation={world}/mix_{split}.yaml")
+        few = ("run.steps=1", "eval.every=1", "eval.num_samples=6", f"run.dir={tmp_path}/{split}")
+        run = train(make(world, tmp_path, *mix, *few))
+        said, num = capsys.readouterr(), len(read_samples(f"{world}/mix_{split}.yaml"))
+        line = f"validation: 6 of {num} records: tvg/tiny 2, mcqa/tiny 2, gqa/tiny 2\n"
+        assert said.out.count(line) == 1
+        assert {f"validation/{name}" for name in ("tvg/miou", "mcqa/accuracy", "gqa/acc_gqa")} <= metrics_of(run.dir)[
+            0
+        ].keys()
+        warned = [line for line in said.err.splitlines() if "validation records" in line]
+        assert len(warned) == tells
+        if tells:
+            assert warned[0].startswith("WARNING: 6 validation records and ") and "in the training set" in warned[0]
+
+
 def test_beta_zero_loads_no_reference(world, taught, tmp_path, monkeypatch):
     loads = []
 
