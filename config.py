@@ -166,7 +166,7 @@ class EvalConfig:
     num_samples: int = 200  # at most so many validation samples, evenly over tasks and sources; 0 for all
     batch_size: int = 32  # videos per call of generate and process
     max_new_tokens: int = 2048  # greedy tokens at most
-    answer: Literal["tagged", "tagged_or_text"] = "tagged"  # what counts as the answer when there is no answer block
+    answer: Literal["tagged", "tagged_or_text"] = "tagged"  # the answer block in the form asked for, or plain words too
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class AnswerConfig:
     max_new_tokens: int = 2048  # tokens of an answer at most
     num_answers: int = 1  # answers to each question; of several, metrics are the means, and *_best the best of them
     temperature: float = 0.0  # of sampling; 0: greedy
-    answer: Literal["tagged", "tagged_or_text"] = "tagged"  # what counts as the answer when there is no answer block
+    answer: Literal["tagged", "tagged_or_text"] = "tagged"  # the answer block in the form asked for, or plain words too
     unanswered: Literal["wrong", "skip"] = "wrong"  # skip: questions without a usable answer are left out
     blind: bool = False  # the questions are asked again, each with the clip of another video of similar length
 

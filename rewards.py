@@ -19,13 +19,26 @@ MAX_ANSWER_CHARS = 4000  # a longer answer block is malformed; bounds the number
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TIME_KEYS = (("start_time", "end_time"), ("start", "end"))
-_TIME = r"[0-9:.]+(?: ?s(?:ecs?|econds?)?)?"
-_SPAN = re.compile(rf"({_TIME}) ?(?:to|[-–—]) ?({_TIME})", re.ASCII | re.IGNORECASE)
+_SPAN_KEYS = {"segments", *_TIME_KEYS[0], *_TIME_KEYS[1]}
+_TIME = r"[0-9:.]+(?: ?s(?:econds?|ecs?)?)?"
+TO = r"(?:to|--|[-–—~])"  # between two times
+_SPAN = re.compile(
+    rf"(?:from )?({_TIME}) ?{TO} ?({_TIME})|between ({_TIME}) and ({_TIME})"
+    rf"|[\[(] ?({_TIME}) ?(?:,|{TO}) ?({_TIME}) ?[\])]",
+    re.ASCII | re.IGNORECASE,
+)
 _SEPARATOR = re.compile(r" ?[,;] ?(?:and )?| and ", re.ASCII | re.IGNORECASE)
-_SECONDS = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: ?s(?:ecs?|econds?)?)?", re.ASCII | re.IGNORECASE)
+_SECONDS = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: ?s(?:econds?|ecs?)?)?", re.ASCII | re.IGNORECASE)
 _CLOCK = re.compile(r"(?:([0-9]{1,3}):([0-5][0-9])|([0-9]{1,3})):([0-5][0-9](?:\.[0-9]+)?)", re.ASCII)
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
-_LETTER_HEAD = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?=[.,:;)]|$))[.,:;)]? ?(.*)", re.ASCII)
+_LETTER_HEAD = re.compile(  # the last kind, a letter and white space, may also be the first word of an option's text
+    r"(?:option )?(?:\(([A-Z])\)|([A-Z])(?=[.,:;)]|$)|([A-Z])(?= ))[.,:;)]? ?(.*)", re.ASCII | re.IGNORECASE
+)
+_JOINT = re.compile(r"\.?[,:;]? (?:and )?|[,;](?=[A-Za-z])|(?=[(\[])")  # of an option and segments; `12,5` is a number
+_TUPLE = re.compile(r"\(([0-9., ]+)\)")
+_MARKUP = re.compile(  # each alternative ends at the next mark of its kind: linear in the text's length
+    r"(?<!\w)(?:\\boxed ?\{([^{}]+)\}|\*\*([^*]+)\*\*|`([^`]+)`|[\"“]([^\"“”]+)[\"”]|'([^']+)')(?!\w)"
+)
 
 
 @dataclass(frozen=True)
@@ -135,19 +148,20 @@ def parse_choice(text: str, options: Sequence[str] | None) -> str | None:
     return None if answer is None else choice_from(answer, options)
 
 
-def parse_segments(text: str) -> list[Segment]:
+def parse_segments(text: str, options: Sequence[str] | None = None) -> list[Segment]:
     """`segments_from` of the last answer block; [] without one."""
     answer = parse_answer(text)
-    return [] if answer is None else segments_from(answer)
+    return [] if answer is None else segments_from(answer, options)
 
 
 def choice_from(answer: str, options: Sequence[str] | None) -> str | None:
     """The chosen option as an upper-case letter, or None when absent or ambiguous.
 
-    Takes a letter (`b`, `(B)`, `B.`), a letter with its own option's text (`B. a cat`) or with segments
-    (`B, 3 to 7`), an option's text (up to white space, case and a final full stop), or JSON with one of these
-    as "answer". With `options` None any letter is an option. A text that names two options is ambiguous: that
-    of a duplicated option, or a letter that is also another option's text.
+    Takes a letter (`b`, `(B)`, `B.`, `Option B`), a letter with its own option's text (`B. a cat`, `B a cat`), with
+    segments before or after it (`B, 3 to 7`, `3 to 7, B`) or with both, an option's text (up to white space, case and
+    a final full stop), any of these within `**`, `\\boxed{}` or quotes, or JSON with one of these as "answer". With
+    `options` None any letter is an option. A text that names two options is ambiguous: that of a duplicated option, or
+    a letter that is also another option's text.
 
     >>> choice_from("(b) 3 to 7", ["a dog", "a cat"]), choice_from("B. a dog", ["a dog", "a cat"])
     ('B', None)
@@ -157,36 +171,41 @@ def choice_from(answer: str, options: Sequence[str] | None) -> str | None:
     if isinstance(value, dict):
         text = _clean(str(value.get("answer") or ""))
     letters = string.ascii_uppercase[: len(options) if options else None]
-    found = set(_options_with_text(text, options))
-    head = _LETTER_HEAD.fullmatch(text)
-    if head:
-        index, rest = string.ascii_uppercase.index((head[1] or head[2]).upper()), head[3]
-        owners = _options_with_text(rest, options)
-        fits = not rest or index in owners or (not owners and _text_segments(rest))
-        if fits and index < len(letters):
-            found.add(index)
-    index = found.pop() if len(found) == 1 else len(letters)
-    return letters[index] if index < len(letters) else None
+    found = {*_options_with_text(text, options), _letter_and_segments(bare(text), options)[0]}
+    found = {index for index in found if index is not None and index < len(letters)}
+    return letters[found.pop()] if len(found) == 1 else None
 
 
-def segments_from(answer: str) -> list[Segment]:
+def segments_from(answer: str, options: Sequence[str] | None = None) -> list[Segment]:
     """Segments in seconds, in the order given; [] when there is none or anything in the answer is malformed.
 
-    Takes `3 to 7`, `3 - 7`, several separated by `,` `;` or `and`, times as `3.5`, `10s`, `mm:ss` or
-    `hh:mm:ss`, the same after an option letter (`B, 3 to 7`), and JSON: {"start_time": 3, "end_time": "7"} or
-    start / end, lists of those or of pairs, {"segments": [[3, 7]]}, each with an optional "answer".
-    Malformed: a reversed, negative or non-finite span, an unknown or repeated key. A span without length is
-    taken.
+    Takes `3 to 7`, `from 3 to 7`, `between 3 and 7`, `3 - 7` (also with `--` or `~`), `(3, 7)`, several separated by
+    `,` `;` or `and`, times as `3.5`, `10s`, `mm:ss` or `hh:mm:ss`, the same before or after an option letter
+    (`B, 3 to 7`, `B (3 to 7)`) that may have its option's text, any of these within `**`, `\\boxed{}` or quotes, and
+    JSON: {"start_time": 3, "end_time": "7"} or start / end, lists of those or of pairs, {"segments": [[3, 7]]}, each
+    with an optional "answer" and one further key. Malformed: a reversed, negative or non-finite span, a repeated key, a
+    further key with an answer of its own. A span without length is taken.
 
     >>> segments_from("0:03 to 0:07 and 9s - 12s"), segments_from("7 to 3")
     ([(3.0, 7.0), (9.0, 12.0)], [])
+    >>> segments_from("B. a cat, 3 to 7", ["a dog", "a cat"]), segments_from("B. a dog, 3 to 7", ["a dog", "a cat"])
+    ([(3.0, 7.0)], [])
     """
     text = _clean(answer)
     value = _load_json(text)
-    if value is not None:
-        return _json_segments(value)
-    head = _LETTER_HEAD.fullmatch(text)
-    return _text_segments(head[3] if head else text)
+    return _letter_and_segments(bare(text), options)[1] if value is None else _json_segments(value, options)
+
+
+def bare(text: str) -> str:
+    """A text without `**`, backticks, quotes and `\\boxed{}` around its parts, and without a final full stop in them.
+
+    >>> bare('**B**, "3 to 7."'), bare("the man's dog's"), bare(r"\\boxed{**B**}")
+    ('B, 3 to 7', "the man's dog's", 'B')
+    """
+    inner = text
+    for _ in range(3):  # marks within marks
+        inner = _MARKUP.sub(lambda match: match[match.lastindex].strip(), inner)
+    return text if inner == text else inner.strip().removesuffix(".")
 
 
 def score(text: str, sample: Any, cfg: Any) -> Reward:
@@ -205,7 +224,7 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
         choice = parse_choice(text, sample.options)
         values["answer"] = float(choice is not None and choice == sample.answer)
     if "iou" in part_names:
-        values["iou"] = _overlap_part(cfg.rewards.overlap, parse_segments(text), sample)
+        values["iou"] = _overlap_part(cfg.rewards.overlap, parse_segments(text, sample.options), sample)
     if cfg.rewards.format_gates_task and not (values["format"] and parses(text, sample)):
         values = dict.fromkeys(part_names, 0.0)
     weight = {name: getattr(weights, name) for name in part_names}
@@ -217,7 +236,7 @@ def parses(text: str, sample: Any) -> bool:
     """Whether every part of the answer that the sample's task asks for can be read from the response."""
     parts = PARTS[sample.task]
     choice_ok = "answer" not in parts or parse_choice(text, sample.options) is not None
-    return choice_ok and ("iou" not in parts or bool(parse_segments(text)))
+    return choice_ok and ("iou" not in parts or bool(parse_segments(text, sample.options)))
 
 
 def task_reward(task: str, parts: Mapping[str, float]) -> float:
@@ -308,13 +327,15 @@ def _clean(answer: str) -> str:
 
 
 def _load_json(text: str) -> Any:
-    """Parsed JSON object or list, every number a float; None for anything else."""
+    """Parsed JSON object or list, every number a float; None for anything else. Takes Python's quotes and pairs too."""
     if not text.startswith(("{", "[")):
         return None
-    try:
-        return json.loads(text, parse_int=float, parse_float=float, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
-        return None
+    for form in (text, _TUPLE.sub(r"[\1]", text).replace("'", '"')):
+        try:
+            return json.loads(form, parse_int=float, parse_float=float, object_pairs_hook=_unique)
+        except (ValueError, RecursionError):
+            continue
+    return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -324,32 +345,83 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _options_with_text(text: str, options: Sequence[str] | None) -> list[int]:
-    """Indices of the options with this text; case counts only where it decides."""
-    texts = [_clean(option) for option in options or ()]
-    exact = [index for index, option in enumerate(texts) if option == text != ""]
-    folded = text.casefold()
-    return exact or [index for index, option in enumerate(texts) if option.casefold() == folded != ""]
+    """Indices of the options with this text; case and marks count only where they decide."""
+    for form in (str, str.casefold, lambda part: bare(part).casefold()):
+        same = [index for index, option in enumerate(options or ()) if form(_clean(option)) == form(text) != ""]
+        if same:
+            return same
+    return []
+
+
+def _letter_and_segments(text: str, options: Sequence[str] | None) -> tuple[int | None, list[Segment]]:
+    """The index of the letter in an answer and its segments, either of which may be missing.
+
+    (None, []) when anything else stands there but the text of the letter's own option, right after the letter.
+    """
+    segments, rest = _leading_segments(text)
+    joint = _JOINT.match(rest) if segments else None
+    head = _LETTER_HEAD.fullmatch(rest[joint.end() :] if joint else text)
+    if not head or (head[3] and _options_with_text(text, options)):
+        return None, [] if rest else segments
+    letter, rest = head[1] or head[2] or head[3], head[4]
+    index = string.ascii_uppercase.index(letter.upper())
+    if segments and letter.islower() and index >= len(options or ()):
+        return None, []  # `3 to 7, x`: a word
+    owners = _options_with_text(rest, options)
+    if not rest or index in owners:
+        return index, segments or _text_segments(rest)
+    own = _clean(options[index]) if options and index < len(options) else ""
+    joint = _JOINT.match(rest, len(own)) if own and rest[: len(own)].casefold() == own.casefold() else None
+    found = [] if segments or owners else _text_segments(rest) or _text_segments(rest[joint.end() :] if joint else "")
+    return (index, found) if found else (None, [])
 
 
 def _text_segments(text: str) -> list[Segment]:
-    spans = [_SPAN.fullmatch(piece) for piece in _SEPARATOR.split(text)]
-    return _all_or_none([_segment(span[1], span[2]) if span else None for span in spans])
+    """The segments of a text that holds nothing else."""
+    segments, rest = _leading_segments(text)
+    return [] if rest else segments
 
 
-def _json_segments(value: Any) -> list[Segment]:
+def _leading_segments(text: str) -> tuple[list[Segment], str]:
+    """The segments that a text begins with, and the text after them. One malformed segment spoils them all."""
+    segments, end, span = [], 0, _SPAN.match(text)
+    while span:
+        segments.append(_segment(*(time for time in span.groups() if time)))
+        end = span.end()
+        separator = _SEPARATOR.match(text, end)
+        span = _SPAN.match(text, separator.end()) if separator else None
+    return ([], text) if None in segments else (segments, text[end:])
+
+
+def _json_segments(value: Any, options: Sequence[str] | None) -> list[Segment]:
     if isinstance(value, dict):
         fields = {key: item for key, item in value.items() if key != "answer"}
-        value = fields["segments"] if set(fields) == {"segments"} else [fields]
+        (value,) = _values(fields, ("segments",), options) or [[fields]]
     if not isinstance(value, list):
         return []
     is_pair = len(value) == 2 and not any(isinstance(item, list | dict) for item in value)
-    return _all_or_none([_json_segment(item) for item in ([value] if is_pair else value)])
+    return _all_or_none([_json_segment(item, options) for item in ([value] if is_pair else value)])
 
 
-def _json_segment(item: Any) -> Segment | None:
+def _json_segment(item: Any, options: Sequence[str] | None) -> Segment | None:
     if isinstance(item, dict):
-        item = next(([item[a], item[b]] for a, b in _TIME_KEYS if set(item) == {a, b}), None)
+        item = next((values for keys in _TIME_KEYS if (values := _values(item, keys, options))), None)
     return _segment(*item) if isinstance(item, list) and len(item) == 2 else None
+
+
+def _values(item: dict[str, Any], keys: Sequence[str], options: Sequence[str] | None) -> list[Any] | None:
+    """The values of these keys; None when one is missing, or there is more than one other key or a second answer."""
+    others = item.keys() - set(keys)
+    if len(item) - len(others) < len(keys) or len(others) > 1 or others & _SPAN_KEYS:
+        return None
+    return None if any(_is_answer(item[key], options) for key in others) else [item[key] for key in keys]
+
+
+def _is_answer(value: Any, options: Sequence[str] | None) -> bool:
+    """Whether a value says when, or which option. Without options a letter names nothing."""
+    if not isinstance(value, str):
+        return isinstance(value, list | dict)
+    return bool(segments_from(value, options) or (options and choice_from(value, options)))
 
 
 def _segment(start: Any, end: Any) -> Segment | None:

@@ -104,7 +104,7 @@ def view(row: dict[str, Any], visits: Sequence[Visit]) -> dict[str, Any]:
             "reward": _finite(reward),
             "advantage": _finite(advantage),
             "parts": {name: _finite(value) for name, value in (parts or {}).items()},
-            "segments": parse_segments(text) if "iou" in parts_of else [],
+            "segments": parse_segments(text, options) if "iou" in parts_of else [],
             "choice": parse_choice(text, options) if "answer" in parts_of else None,
         }
         for text, reward, parts, advantage in zip_longest(*columns)

@@ -304,9 +304,9 @@ def videomme(raw: dict, file: File) -> dict:
 def tempcompass(row: tuple[str, str, int, Any], file: File) -> dict:
     """{video: {aspect: [question]}}, with the options in the question's lines; the four task forms tell by those."""
     video, aspect, i, raw = row
-    question, *lines = get(raw, "question", str).strip().split("\n")
+    question, *lines = map(str.strip, get(raw, "question", str).strip().split("\n"))
     answer, name, file_name = get(raw, "answer", str).strip(), f"{video}_{aspect}_{i}", f"{video}.mp4"
-    if lines and lines[-1].strip() == "Generated Caption:":
+    if lines and lines[-1] == "Generated Caption:":
         raise Excluded("captioning needs a judge")
     if not lines and answer.lower() in ("yes", "no"):
         kind = type_path("yes_no", aspect)
@@ -316,6 +316,9 @@ def tempcompass(row: tuple[str, str, int, Any], file: File) -> dict:
     labels = [head[0] for head in heads if head]
     if len(labels) < 3 or len(labels) < len(heads) or labels[0] not in labels[1:]:
         raise BadRecord("question and answer are of none of the four task forms")
+    marks = "".join(label[-2] for label in labels[1:])
+    if marks not in (LETTERS[: len(marks)], "123456789"[: len(marks)]):  # a reader takes them for places (plain.py)
+        raise BadRecord(f"the labels {' '.join(labels[1:])} are not in order")
     options = [line[len(label) :].strip() for label, line in zip(labels[1:], lines)]
     return choice(file_name, question, options, labels[1:].index(labels[0]), type=kind, id=name)
 

@@ -23,7 +23,7 @@ def draw_timelines(rows: Sequence[dict[str, Any]], num: int = NUM_ROWS) -> Figur
     height = sum(len(row["completions"]) + 4 for row in rows)
     figure = Figure(figsize=(7, 0.14 * height + 0.3), layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows):
-        lanes = [row["segments"], *map(parse_segments, row["completions"])]
+        lanes = [row["segments"], *(parse_segments(text, row.get("options")) for text in row["completions"])]
         for y, segments in enumerate(lanes):
             spans = [(start, end - start) for start, end in segments]
             axes.broken_barh(spans, (y - 0.4, 0.8), color=PREDICTED if y else TRUTH)

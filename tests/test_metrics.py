@@ -261,7 +261,10 @@ def test_skip_leaves_out_what_has_no_usable_answer():
         ("Based on the video, the correct answer is B.", "B"),
         ("Answer: A. Or rather, the answer is B.", None),
         ("The answer is C.", None),
-        ("<answer>The answer is B.</answer>", None),  # who uses the tags is held to the form asked for
+        ("<answer>The answer is B.</answer>", "B"),  # the form asked for is no worse than none
+        ("<answer>**B**</answer>", "B"),
+        (r"<answer>\boxed{B}</answer>", "B"),
+        ("<answer>A or B</answer>", None),
     ],
 )
 def test_a_choice_in_plain_words(response, choice):
@@ -292,7 +295,10 @@ def test_a_choice_in_plain_words(response, choice):
         ("from 9 to 3", []),
         ("at 3 seconds", []),
         ("the 2nd person of 3", []),
-        ("<answer>It is from 3 to 7</answer>", []),
+        ("<answer>It is from 3 to 7</answer>", [(3, 7)]),
+        ("<answer>From 3.5 to 12</answer>", [(3.5, 12)]),
+        ("<answer>from 3 to 7, or from 4 to 8</answer>", []),
+        ("It happens from 3~7 s.", [(3, 7)]),
     ],
 )
 def test_a_segment_in_plain_words(response, segments):
