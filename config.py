@@ -121,10 +121,10 @@ class RewardsConfig:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    tolerance: float = 1e-4  # dead: a standard deviation of rewards (without the penalty for length) up to this
+    tolerance: float = 5e-4  # dead: a standard deviation of rewards (without the penalty for length) up to this
     skip_dead: bool = True  # no update work for dead groups; their KL and entropy terms go with it
     max_refills: int = 0  # rounds of sampling further videos in place of dead groups (DAPO's dynamic sampling)
-    warn_after: int = 20  # steps in a row with dead groups only, or over 90% truncated, before a warning
+    warn_after: int = 20  # steps in a row with dead or nearly equal groups, or over 90% truncated, before a warning
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from loader import Loader, make_workers
 from optim import make_optimizer, set_learning_rate
 from policy import Policy, pack, packed_logps
 from pretrained import load_policy, save_model
-from progress import Alarm, batch_rows, print_step, sample_rows, step_metrics
+from progress import Alarm, batch_rows, frac_nearly_equal, print_step, sample_rows, step_metrics
 from prompts import make_builder
 from reward_functions import load_functions
 from rollout import Rollout, generate
@@ -239,7 +239,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
             run.log(step + 1, metrics | {"tokens_per_s": metrics["tokens/completion"] / metrics["time/step"]})
             rows = sample_rows(groups, step + 1, cfg)
             run.log_samples(rows)
-            warnings = alarm(metrics)
+            warnings = alarm(metrics, frac_nearly_equal(groups, cfg))
             if run.is_main:
                 print_step(step + 1, metrics, rows, warnings, cfg.run, run)
             run.check_finite(step + 1, partial(batch_rows, groups, cfg, step + 1))
