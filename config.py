@@ -228,12 +228,19 @@ class PlanConfig:
     bandwidth: float = 2.0  # TB/s that it reaches in reading and writing memory
     capability: float = 8.0  # CUDA compute capability of a device; before 8.0 there is no fused attention in bfloat16
     launch_us: float = 10.0  # microseconds that any operation takes at least
-    completion_tokens: int = 0  # mean length of a completion, for the time of a step; 0: rollout.max_new_tokens
+    completion_tokens: int = 0  # mean length of a completion, for the update's time; 0: the longest
+    longest_tokens: int = 0  # length of a step's longest completion, for decoding's time; 0: rollout.max_new_tokens
 
     def __post_init__(self):
         positive = ("memory_gib", "tflops", "bandwidth", "capability", "launch_us")
         _check_positive({f"plan.{name}": getattr(self, name) for name in positive})
-        _check_at_least_0({"plan.completion_tokens": self.completion_tokens})
+        names = ("completion_tokens", "longest_tokens")
+        _check_at_least_0({f"plan.{name}": getattr(self, name) for name in names})
+        if 0 < self.longest_tokens < self.completion_tokens:
+            raise ValueError(
+                f"plan.longest_tokens={self.longest_tokens} is below the mean, "
+                f"plan.completion_tokens={self.completion_tokens}"
+            )
 
 
 @dataclass(frozen=True)

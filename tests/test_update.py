@@ -423,7 +423,7 @@ def test_groups_that_are_nearly_equal_are_said_once():
     alarm, fine = Alarm(2, [0, 0]), {"group/frac_mixed": 0.3, "frac_truncated": 0.0}
     assert alarm(fine, 0.7) == alarm(fine, 0.5) == alarm(fine, 0.7) == []
     (warning,) = alarm(fine, 0.7)
-    assert warning.startswith("WARNING: for 2 steps most groups had rewards that differ by no more than group.tolerance")
+    assert warning.startswith("WARNING: for 2 steps most groups had rewards that differ by no more than group.tol")
     assert "\n" not in warning
     assert [alarm(fine, share) for share in (0.7, 0.7, 0.0, 0.7, 0.7)] == [[]] * 5
     alarm = Alarm(2, alarm.state["alarm"])
