@@ -24,8 +24,9 @@ CAUSES = {
     "over 90% of the completions were cut off at rollout.max_new_tokens": "too small a limit for thinking, a prompt "
     "template that is not the model's own, a generation_config.json that does not name the model's EOS ids",
 }
+NEARLY_EQUAL = "most groups had rewards that differ by no more than group.tolerance, and so gave no gradient"
 ONCE = {
-    "most groups had rewards that differ by no more than group.tolerance, and so gave no gradient": "answers that differ by hundredths of a second, rewards on a small scale. A lower group.tolerance "
+    NEARLY_EQUAL: "answers that differ by hundredths of a second, rewards on a small scale. A lower group.tolerance "
     "makes a signal of such differences, and a large one: advantages are divided by the standard deviation"
 }
 

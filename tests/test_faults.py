@@ -20,11 +20,13 @@ import forked
 import pytest
 import torch
 from clips import grey, write_clip
-from conftest import REPO, make_cfg, metrics_of, read_jsonl, weights_of, write_data
+from conftest import REPO, folder_size, make_cfg, metrics_of, read_jsonl, weights_of, write_data
 from forked import Fault, start, start_all
 
 import config
+import plan
 from checkpoint import newest_whole, step_of
+from config import GrpoConfig, PlanConfig
 from data import batch_indices
 
 pytestmark = pytest.mark.slow
@@ -396,6 +398,9 @@ def test_killed_with_sharded_weights(world, tmp_path, fault, name):
         assert codes == ([0, 0] if strike is None else [1, -signal.SIGKILL]), children[0].text
     run, whole = tmp_path / "parts" / "run", tmp_path / "whole" / "run"
     assert newest_step(run) == 2
+    cfg, assumed = config.load(GrpoConfig, argv[1:]), PlanConfig(engine=str(REPO / "configs" / "accelerate" / name))
+    size = folder_size(newest_whole(run / "checkpoints")[0])
+    assert plan.plan(cfg, assumed).checkpoint == pytest.approx(size, rel=0.02)
     children = start_all(name, [*argv, "--resume"], tmp_path / "parts")
     assert [child.wait() for child in children] == [0, 0], children[0].text
     for ours, theirs in zip(metrics_of(run), metrics_of(whole), strict=True):
