@@ -40,7 +40,7 @@ from reward_functions import load_functions
 from rollout import Rollout, generate
 from run import Run
 from selfcheck import check_model, check_ranks
-from signals import interruptible
+from signals import die_of, interruptible
 
 
 def collect_groups(
@@ -256,7 +256,10 @@ def main(argv: list[str] | None = None) -> Run | None:
         with user_errors():
             return plan.show(cfg, planned)
     with interruptible():
-        return train(cfg, resume)
+        run = train(cfg, resume)
+    if run.stop_signal is not None:
+        die_of(run.stop_signal)
+    return run
 
 
 if __name__ == "__main__":
