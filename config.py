@@ -22,7 +22,7 @@ class RunConfig:
     print_every: int = 20  # steps between two printed completions
     max_skipped: int = 5  # updates in a row without a finite gradient until the run stops; each of them moves nothing
     max_first_grad_norm: float = 1e4  # a larger gradient norm in a process's first update ends the run; 0: never
-    timeout: float = 1800.0  # seconds that a process waits for the others, then the run ends and names them
+    timeout: float = 1800.0  # seconds that a process waits for others, then ends and names them; see docs/clusters.md
     self_check: bool = True  # before the first step: positions, log-probs, video and processes, see selfcheck.py
     tracker: str = "tensorboard"  # any tracker that accelerate knows, or "none"; metrics.jsonl is always written
 

@@ -58,7 +58,8 @@ def check_batch(size: int, world_size: int) -> None:
 class Engine:
     """All processes of a run; everything here but the properties and `phase` must be called by each of them.
 
-    One that waits for the others for more than `timeout_s` ends, and says for whom, see watchdog.py.
+    One that waits for the others for more than `timeout_s` ends, and says for whom, see watchdog.py; in `wait_for_work`
+    it waits for those that give signs of life.
     """
 
     def __init__(self, dir: str | Path, tracker: str, timeout_s: float):
@@ -118,6 +119,10 @@ class Engine:
     def wait(self) -> None:
         with self.watchdog.meeting():
             self.accelerator.wait_for_everyone()
+
+    def wait_for_work(self) -> None:
+        """Until all processes have come, see watchdog.py: who gives signs of life may take longer than `timeout_s`."""
+        self.watchdog.wait_for_work()
 
     def broadcast(self, value):
         """The object of the main process, on all."""
