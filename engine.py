@@ -6,8 +6,10 @@ the same calls, outside of `whole_weights`.
 """
 
 import copy
+import logging
 import math
 import os
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +25,12 @@ from checkpoint import PatientSaver, sync, write_error
 from watchdog import Watchdog
 
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+EXPECTED = {  # warnings of every good run, by logger: a model's head that is its embedding is saved once, as it should
+    "accelerate.utils.other": r"Removed shared tensor \{'[\w.]*lm_head\.weight'\} while saving",
+    "DeepSpeed": r"Setting accelerator to CPU\.",  # which is imported without a GPU, whether it is used or not
+}
+for _name, _pattern in EXPECTED.items():
+    logging.getLogger(_name).addFilter(lambda record, _p=_pattern: not re.search(_p, record.getMessage()))
 
 
 def use_deepspeed() -> bool:
