@@ -78,7 +78,8 @@ class DoneBatches:
             file.write(json.dumps(content, ensure_ascii=False) + "\n")
 
     def gather(self) -> list[dict]:
-        """The rows of all batches of all processes, in the order of the data."""
+        """The rows of all batches of all processes, in the order of the data; the last one to be done is waited for."""
+        self.run.engine.wait_for_work()
         rows = dict(self.run.engine.gather_rows(self.rows.items()))
         return [row for number in range(len(self.batches)) for row in rows[number]]
 

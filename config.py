@@ -22,7 +22,7 @@ class RunConfig:
     print_every: int = 20  # steps between two printed completions
     max_skipped: int = 5  # updates in a row without a finite gradient until the run stops; each of them moves nothing
     max_first_grad_norm: float = 1e4  # the run ends if its first update has a larger gradient norm; 0 for no limit
-    timeout: float = 1800.0  # seconds that a process waits for the others, then the run ends and names them
+    timeout: float = 1800.0  # seconds that a process waits for others, then ends and names them; see docs/clusters.md
     self_check: bool = True  # before the first step: positions, log-probs, video and processes, see selfcheck.py
     tracker: str = "tensorboard"  # any tracker that accelerate knows, or "none"; metrics.jsonl is always written
 
@@ -121,10 +121,10 @@ class RewardsConfig:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    tolerance: float = 1e-4  # dead: a standard deviation of rewards (without the penalty for length) up to this
+    tolerance: float = 5e-4  # dead: a standard deviation of rewards (without the penalty for length) up to this
     skip_dead: bool = True  # no update work for dead groups; their KL and entropy terms go with it
     max_refills: int = 0  # rounds of sampling further videos in place of dead groups (DAPO's dynamic sampling)
-    warn_after: int = 20  # steps in a row with dead groups only, or over 90% truncated, before a warning
+    warn_after: int = 20  # steps in a row with dead or nearly equal groups, or over 90% truncated, before a warning
 
 
 @dataclass(frozen=True)
@@ -230,14 +230,21 @@ class PlanConfig:
     bandwidth: float = 2.0  # TB/s that it reaches in reading and writing memory
     capability: float = 8.0  # CUDA compute capability of a device; before 8.0 there is no fused attention in bfloat16
     launch_us: float = 10.0  # microseconds that any operation takes at least
-    completion_tokens: int = 0  # mean length of a completion, for the time of a step; 0: rollout.max_new_tokens
+    completion_tokens: int = 0  # mean length of a completion, for the update's time; 0: the longest
+    longest_tokens: int = 0  # length of a step's longest completion, for decoding's time; 0: rollout.max_new_tokens
 
     def __post_init__(self):
         positive = ("memory_gib", "tflops", "bandwidth", "capability", "launch_us")
         _check_positive({f"plan.{name}": getattr(self, name) for name in positive})
         if self.capability >= 20:
             raise ValueError(f"plan.capability must be below 20, as in 8.6 for the card's 8.6, got {self.capability}")
-        _check_at_least_0({"plan.completion_tokens": self.completion_tokens})
+        names = ("completion_tokens", "longest_tokens")
+        _check_at_least_0({f"plan.{name}": getattr(self, name) for name in names})
+        if 0 < self.longest_tokens < self.completion_tokens:
+            raise ValueError(
+                f"plan.longest_tokens={self.longest_tokens} is below the mean, "
+                f"plan.completion_tokens={self.completion_tokens}"
+            )
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,10 @@ def _zero_launch(processes: int, given: dict, where: str) -> Launch:
 
 @dataclass(frozen=True)
 class Case:
-    """One training step in which all videos and all completions have one length."""
+    """One training step in which all videos have one length and all completions another.
+
+    Decoding has a length of its own: rows that have ended keep running until the longest of them ends.
+    """
 
     cfg: GrpoConfig | SftConfig
     launch: Launch
@@ -111,6 +114,7 @@ class Case:
     tokenizer: object
     length: Length
     num_new: int  # tokens of a completion
+    num_decoded: int  # tokens of the longest completion
     speed: Speed
     device: str  # "cuda" or "cpu"
     capability: tuple[int, int] = (8, 0)  # CUDA compute capability, which decides how attention is computed
@@ -176,6 +180,17 @@ class Case:
         return found | {"optimizer": self.state[0], "buffers": buffers}
 
     @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint of all processes, but for random states and the like."""
+        params = list(self.policy.parameters())
+        weights, num_trained = sum(p.nbytes for p in params), sum(p.numel() for p in params if p.requires_grad)
+        if not self.launch.stage:
+            return weights + self.state[0]
+        if self.launch.stage == 3:  # what is trained is there in float32 alone
+            weights = sum(p.nbytes for p in params if not p.requires_grad)
+        return weights + 12 * num_trained
+
+    @property
     def host(self) -> int:
         """Bytes of a process that DeepSpeed keeps on the host: what is offloaded."""
         launch, params = self.launch, list(self.policy.parameters())
@@ -197,7 +212,7 @@ class Case:
                 embeds = policy.embed_each(prompts[:share])
                 some = min(cfg.rollout.micro_batch_size, share)
                 group_size = cfg.rollout.group_size
-                sampled = Call(prompts[:some], embeds[:some], group_size, self.num_new, share / some)
+                sampled = Call(prompts[:some], embeds[:some], group_size, self.num_decoded, share / some)
                 cache = sample(run, policy, sampled)
                 frozen = policy.vision_is_frozen
                 call = replace(call, embeds=embeds[:num] if frozen else (), group_size=group_size)

@@ -23,7 +23,8 @@ import yaml
 
 import manifest as manifest_io
 from manifest import Manifest
-from records import CHAT, BadRecord, Sample, from_temporal_r1, to_sample
+from readers import VideoError, read_duration
+from records import CHAT, BadRecord, Sample, from_temporal_r1, lacks_duration, to_sample, with_duration
 
 
 def read_samples(
@@ -121,11 +122,16 @@ def _subset(samples: list[Sample], strategy: str, where: str, seed: int) -> list
 
 def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | None, need_videos: bool) -> list[Sample]:
     samples, clamped, dropped, missing = [], 0, 0, []
+    durations: dict[tuple, float] = {}  # of files, for records without one
+    num_without = 0
     for row, record, outside, is_there in _records(path, folder):
         if known is not None and known.drops(f"{path.name}:{row}", record):
             continue
         if isinstance(record, BadRecord):
             raise ValueError(f"{path}:{row}: {record}")
+        if lacks_duration(record):
+            num_without += 1
+            record, outside = _take_duration(record, outside, f"{path}:{row}", known, durations)
         if outside and out_of_clip == "error":
             raise ValueError(f"{path}:{row}: segments {outside} end after the video ({record.duration} s)")
         clamped += bool(outside) and out_of_clip == "clamp"
@@ -140,9 +146,30 @@ def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | Non
             f"{len(missing)} of {len(samples)} videos not found, the first: {missing[0]}; "
             f"`python data.py check` lists them all, and data.manifest leaves them out"
         )
+    if num_without:
+        print(f"{path}: {num_without} records without a duration take that of their file")
     if clamped or dropped:
         print(f"{path}: {clamped} segments clamped to their video, {dropped} records dropped (data.out_of_clip)")
     return samples
+
+
+def _take_duration(
+    sample: Sample, outside: list | None, where: str, known: Manifest | None, durations: dict[tuple, float]
+) -> tuple[Sample, list | None]:
+    """The sample with the duration of its file: by the manifest, else by the header, which is read once for each file.
+
+    Also its segments as they were if they had to be clamped. Raises ValueError.
+    """
+    line, file = known.file_of(sample.id) if known else None, (sample.video, sample.fps)
+    try:
+        if line is None and file not in durations:
+            durations[file] = read_duration(*file)
+        found, clamped = with_duration(sample, line["duration"] if line else durations[file])
+    except VideoError as error:
+        raise ValueError(f"{where}: duration is missing in the record, and its file has none: {error}") from None
+    except BadRecord as error:
+        raise ValueError(f"{where}: {error}") from None
+    return found, outside or ([list(segment) for segment in sample.segments] if clamped else None)
 
 
 def _records(path: Path, folder: Path) -> Iterator[tuple[int, "Sample | BadRecord", list | None, bool]]:
@@ -322,6 +349,9 @@ def check(args: argparse.Namespace) -> int:
     if args.manifest:
         manifest_io.write(lines, args.manifest)
     print("\n".join(manifest_io.summary(lines)))
+    num_without = sum(isinstance(record, Sample) and lacks_duration(record) for _, record in records)
+    if num_without:
+        print(f"{num_without} records without a duration take that of their file")
     return int(not all(line["ok"] for line in lines))
 
 

@@ -6,8 +6,10 @@ the same calls, outside of `whole_weights`.
 """
 
 import copy
+import logging
 import math
 import os
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,12 @@ DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 # Groups of processes that have ended. The destructor of such a group waits for gloo's thread and keeps Python's lock
 # meanwhile, and that thread may wait for the lock: so the group is not destroyed before the process is.
 ENDED_GROUPS = []
+EXPECTED = {  # warnings of every good run, by logger: a model's head that is its embedding is saved once, as it should
+    "accelerate.utils.other": r"Removed shared tensor \{'[\w.]*lm_head\.weight'\} while saving",
+    "DeepSpeed": r"Setting accelerator to CPU\.",  # which is imported without a GPU, whether it is used or not
+}
+for _name, _pattern in EXPECTED.items():
+    logging.getLogger(_name).addFilter(lambda record, _p=_pattern: not re.search(_p, record.getMessage()))
 
 
 def use_deepspeed() -> bool:
@@ -61,7 +69,8 @@ def check_batch(size: int, world_size: int) -> None:
 class Engine:
     """All processes of a run; everything here but the properties and `phase` must be called by each of them.
 
-    One that waits for the others for more than `timeout_s` ends, and says for whom, see watchdog.py.
+    One that waits for the others for more than `timeout_s` ends, and says for whom, see watchdog.py; in `wait_for_work`
+    it waits for those that give signs of life.
     """
 
     def __init__(self, dir: str | Path, tracker: str, timeout_s: float):
@@ -121,6 +130,10 @@ class Engine:
     def wait(self) -> None:
         with self.watchdog.meeting():
             self.accelerator.wait_for_everyone()
+
+    def wait_for_work(self) -> None:
+        """Until all processes have come, see watchdog.py: who gives signs of life may take longer than `timeout_s`."""
+        self.watchdog.wait_for_work()
 
     def broadcast(self, value):
         """The object of the main process, on all."""

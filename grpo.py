@@ -176,13 +176,22 @@ def group_std(rewards_PG: Tensor) -> Tensor:
     return (rewards_PG - rewards_PG[:, :1]).std(1)  # less the first: the mean of equal rewards may be off
 
 
-def is_mixed(rewards_PG: Tensor, tolerance: float = 1e-4) -> Tensor:
+def is_mixed(rewards_PG: Tensor, tolerance: float = 5e-4) -> Tensor:
     """(P,) bool: groups whose rewards differ, by a standard deviation (ddof 1) above `tolerance`."""
     return group_std(rewards_PG) > tolerance
 
 
+def is_nearly_equal(rewards_PG: Tensor, tolerance: float, rounding: float = 1e-6) -> Tensor:
+    """(P,) bool: groups whose rewards differ by more than rounding, and are not mixed all the same.
+
+    >>> is_nearly_equal(torch.tensor([[0.5, 0.5], [0.5, 0.5001], [0.5, 0.6]]), 5e-4).tolist()
+    [False, True, False]
+    """
+    return ~is_mixed(rewards_PG, tolerance) & (group_std(rewards_PG) > rounding)
+
+
 def group_stats(
-    rewards_PG: Tensor, right_PG: Tensor | None = None, tolerance: float = 1e-4, good: float = 0.999
+    rewards_PG: Tensor, right_PG: Tensor | None = None, tolerance: float = 5e-4, good: float = 0.999
 ) -> dict[str, float]:
     """Counts of groups: `mixed` ones carry a signal; the others may be `all_good` or `all_bad`.
 

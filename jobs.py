@@ -73,7 +73,7 @@ def run_all(jobs: Sequence[Job], root: Path, parallel: int, threads: int = 1) ->
             for future in wait(running, timeout=5, return_when=FIRST_COMPLETED).done:
                 job, words = running.pop(future)
                 code, seconds = future.result()
-                if not code and Path(words[0]).name.startswith("train_") and not (root / job.name / "final").is_dir():
+                if code in (-signal.SIGINT, -signal.SIGTERM):
                     failed[job.name] = "a signal has stopped it"
                 elif code:
                     log = log_of(root / job.name)

@@ -6,7 +6,9 @@
 Needs the configuration, the model's config.json and the annotations; no weights, no GPU, no video (with none, and no
 manifest, frame sizes are assumed). Token counts are the loader's own (lengths.py), memory and FLOPs of a step those of
 the training code on tensors without data (costs.py). Not known beforehand is how long completions are: memory is for
-`rollout.max_new_tokens`, time for `plan.completion_tokens`. Not counted is communication.
+`rollout.max_new_tokens`, the update's time for the mean `plan.completion_tokens`, and decoding's for the longest of a
+step, `plan.longest_tokens`, because rows that have ended keep running until that one ends. Not counted is
+communication.
 """
 
 import os
@@ -51,6 +53,8 @@ class Plan:
     longest_totals: dict[str, int]
     cache: int  # bytes of the KV cache at its largest
     sampled_tokens: float  # of a step, on all devices
+    decoded: int  # tokens of a step's longest completion; 0 where nothing is sampled
+    checkpoint: int  # bytes on the disk
     notes: list[str]
     knobs: list[tuple[str, int]]  # where it does not fit: what to change, and the bytes that are needed then
 
@@ -124,7 +128,7 @@ def plan(
     tokens, mean, longest = _tokens(lengths, cfg, assumed)
     capability = divmod(round(10 * assumed.capability), 10)
     case = Case(cfg, launch, model, tokenizer, *longest, speed, device, capability)
-    usual = replace(case, length=mean[0], num_new=mean[1])
+    usual = replace(case, length=mean[0], num_new=mean[1], num_decoded=mean[2])
     too_much = case.peak[1] > (assumed.memory_gib - RESERVE_GIB) * GIB
     params, trained = (
         list(case.policy.parameters()),
@@ -146,6 +150,8 @@ def plan(
         longest_totals=case.totals,
         cache=case.run[1],
         sampled_tokens=data.batch_size * cfg.rollout.group_size * mean[1] if is_grpo else 0,
+        decoded=mean[2] if is_grpo else 0,
+        checkpoint=case.checkpoint,
         notes=[*notes, *found, source],
         knobs=_try_knobs(case) if too_much else [],
     )
@@ -172,22 +178,25 @@ def _builder(cfg: GrpoConfig | SftConfig, model, tokenizer) -> PromptBuilder:
 
 
 def _tokens(lengths: Sequence[Length], cfg: GrpoConfig | SftConfig, assumed: PlanConfig) -> tuple[dict, tuple, tuple]:
-    """Statistics by `TOKENS`, and of a mean and of the longest row: its record's length and tokens of a completion."""
+    """Statistics by `TOKENS`; of a mean and of the longest row its record's length, tokens of a completion and of the
+    longest completion."""
     found = {"video": np.array([length.video for length in lengths])}
     found["prompt"] = np.array([length.prompt for length in lengths])
     if isinstance(cfg, GrpoConfig):
         most, group_size = cfg.rollout.max_new_tokens, cfg.rollout.group_size
-        usual = min(assumed.completion_tokens, most) or most
+        decoded = min(assumed.longest_tokens, most) or most
+        usual = min(assumed.completion_tokens, decoded) or decoded
         statistics = {"completion": (1, usual, most, most)}
     else:
         targets = np.array([length.target for length in lengths])
         most, usual, group_size = int(targets.max()), round(targets.mean()), 1
+        decoded = usual
         statistics = {"completion": _statistics(targets)}
     found = {name: _statistics(values) for name, values in found.items()}
     rows = zip(found["prompt"], statistics["completion"], strict=True)
     statistics = found | statistics | {"row": tuple(prompt + group_size * new for prompt, new in rows)}
     near = min(lengths, key=lambda length: abs(length.prompt - found["prompt"][1]))
-    return statistics, (near, usual), (max(lengths, key=lambda length: length.prompt), most)
+    return statistics, (near, usual, decoded), (max(lengths, key=lambda length: length.prompt), most, most)
 
 
 def _statistics(values: np.ndarray) -> tuple[float, float, float, float]:
@@ -235,7 +244,7 @@ def _phase_knobs(case: Case, phase: str) -> Iterator[tuple[str, Case]]:
         if half >= (2 if key == "rollout.group_size" else 1):
             changed = replace(case, cfg=_with(cfg, {key: half}))
             if key == "rollout.max_new_tokens":
-                changed = replace(changed, num_new=half)
+                changed = replace(changed, num_new=half, num_decoded=half)
             if key == "video.total_pixels":
                 builder = _builder(changed.cfg, case.model, case.tokenizer)
                 changed = replace(changed, length=measure([case.length.sample], builder, cfg.data.manifest)[0][0])
@@ -291,6 +300,12 @@ def _verdict(found: Plan, cfg: GrpoConfig | SftConfig, assumed: PlanConfig) -> I
         f"a step: {_short(found.seconds)} s at {assumed.tflops:g} TFLOP/s and {assumed.bandwidth:g} TB/s, without "
         f"communication; {_short(found.flops / 1e12)} TFLOP on all devices{sampled}"
     )
+    if found.decoded:
+        yield (
+            f"    with {found.tokens['completion'][1]:,.0f} tokens a completion in the update (the mean, "
+            f"plan.completion_tokens) and {found.decoded:,} in decoding (the longest of a step, plan.longest_tokens): "
+            f"rows that have ended run on until the longest ends"
+        )
     epochs, hours = cfg.run.steps / found.steps_per_epoch, found.seconds * cfg.run.steps / 3600
     yield (
         f"{found.num_samples:,} records: {found.steps_per_epoch:,.1f} steps an epoch; run.steps={cfg.run.steps} is "
@@ -303,6 +318,11 @@ def _verdict(found: Plan, cfg: GrpoConfig | SftConfig, assumed: PlanConfig) -> I
     )
     for text, size in found.knobs:
         yield f"    {_gib(size):>8} GiB with {text}"
+    keep, size = cfg.run.keep_checkpoints, found.checkpoint / 1e9
+    yield (
+        f"disk: {_short(size)} GB a checkpoint, {_short((keep + 1) * size)} GB while one is written beside the "
+        f"run.keep_checkpoints={keep} before it"
+    )
 
 
 def _gib(num_bytes: float) -> str:

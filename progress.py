@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from config import GrpoConfig, RunConfig
 from groups import Groups, choose_groups
-from grpo import group_stats
+from grpo import group_stats, is_nearly_equal
 from prompts import video_means, video_sums
 from records import to_record
 from rewards import PARTS
@@ -23,6 +23,11 @@ CAUSES = {
     "samples.jsonl), too few completions, too low a temperature",
     "over 90% of the completions were cut off at rollout.max_new_tokens": "too small a limit for thinking, a prompt "
     "template that is not the model's own, a generation_config.json that does not name the model's EOS ids",
+}
+NEARLY_EQUAL = "most groups had rewards that differ by no more than group.tolerance, and so gave no gradient"
+ONCE = {
+    NEARLY_EQUAL: "answers that differ by hundredths of a second, rewards on a small scale. A lower group.tolerance "
+    "makes a signal of such differences, and a large one: advantages are divided by the standard deviation"
 }
 
 
@@ -71,27 +76,34 @@ def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoCo
     return metrics
 
 
+def frac_nearly_equal(groups: Groups, cfg: GrpoConfig) -> float:
+    """Share of the step's groups that are dead though their rewards are not equal."""
+    return is_nearly_equal(groups.earned_NG, cfg.group.tolerance).float().mean().item()
+
+
 class Alarm:
     """Says so, every `after` steps in a row, when a run learns nothing or never gets to the end of a sentence.
 
-    `state` is that of the run which is resumed, or None.
+    That most groups are nearly equal is said once, after the first `after` such steps in a row. `state` is that of the
+    run which is resumed, or None.
     """
 
     def __init__(self, after: int, state: list[int] | None = None):
-        self.after, self.counts = after, dict(zip(CAUSES, state or [0] * len(CAUSES), strict=True))
+        self.after, self.counts = after, dict.fromkeys(CAUSES | ONCE, 0) | dict(zip(CAUSES | ONCE, state or ()))
 
     @property
     def state(self) -> dict:
         return {"alarm": list(self.counts.values())}
 
-    def __call__(self, metrics: dict[str, float]) -> list[str]:
-        """The warnings due after this step."""
-        signs = (metrics["group/frac_mixed"] == 0, metrics["frac_truncated"] > 0.9)
+    def __call__(self, metrics: dict[str, float], frac_near: float) -> list[str]:
+        """The warnings due after this step, `frac_near` of whose groups are nearly equal."""
+        signs = (metrics["group/frac_mixed"] == 0, metrics["frac_truncated"] > 0.9, frac_near > 0.5)
         due = []
-        for sign, (name, count) in zip(signs, list(self.counts.items()), strict=True):
-            self.counts[name] = count + 1 if sign else 0
-            if sign and self.counts[name] % self.after == 0:
-                due.append(f"WARNING: for {self.counts[name]} steps {name}. Usual causes: {CAUSES[name]}.")
+        for sign, (name, cause) in zip(signs, (CAUSES | ONCE).items(), strict=True):
+            was_told = name in ONCE and self.counts[name] >= self.after
+            self.counts[name] = self.counts[name] + 1 if sign or was_told else 0
+            if sign and not was_told and self.counts[name] % self.after == 0:
+                due.append(f"WARNING: for {self.counts[name]} steps {name}. Usual causes: {cause}.")
         return due
 
 

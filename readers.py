@@ -157,6 +157,21 @@ def probe(path: str | os.PathLike, fps: float | None = None) -> Header:
         return _header(container, stream, packets, first)
 
 
+def read_duration(path: str | os.PathLike, fps: float | None = None) -> float:
+    """Seconds that a video lasts by its file's header alone, which takes milliseconds; `fps` is that of a folder.
+
+    `probe` reads on to the end, and may find another one. Raises VideoError, also where a header tells no duration.
+    """
+    if os.path.isdir(path):
+        return _probe_folder(path, fps).duration
+    with _open(path) as (container, stream):
+        if stream.duration:
+            return float(stream.duration * stream.time_base)
+        if container.duration:
+            return container.duration / 1e6  # FFmpeg's AV_TIME_BASE
+    raise VideoError(path, "its header tells no duration")
+
+
 def _header(container, stream, packets: list[tuple], first: "av.VideoFrame") -> Header:
     import av
 

@@ -3,9 +3,10 @@
 Not a reader of files (data.py): it sees one dictionary at a time and opens nothing.
 """
 
+import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def reason_kind(reason: str) -> str:
 def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     """Check one record; returns the sample, its segments clamped to the video, and whether any had to be clamped.
 
-    Raises BadRecord with the key and the reason.
+    Without a duration they are clamped at 0 alone, see `with_duration`. Raises BadRecord with the key and the reason.
     """
     for key in ("id", "task", "video", "question"):
         if not isinstance(record.get(key), str) or not record[key].strip():
@@ -78,7 +79,9 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     if task not in (*TASKS, CHAT):
         raise BadRecord(f"task must be one of {', '.join((*TASKS, CHAT))}, got {task!r}")
     clip = _clip(record.get("clip"))
-    duration = record.get("duration", clip[1] - clip[0] if clip else None)
+    duration = record.get("duration")
+    if duration is None and clip is not None:
+        duration = clip[1] - clip[0]
     if duration is not None and (not _is_number(duration) or duration <= 0):
         raise BadRecord(f"duration must be seconds above 0, got {duration!r}")
     fps = record.get("fps")
@@ -96,7 +99,7 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     for key, text in [*texts, *(("options", option) for option in options or ())]:
         if any(placeholder in text for placeholder in PLACEHOLDERS):
             raise BadRecord(f"{key}: {text[:40]!r} holds a placeholder of the model's vision tokens")
-    segments, outside = _segments(record, duration) if task in ("tvg", "gqa") else (None, False)
+    segments, outside = _segments(record.get("segments"), duration) if task in ("tvg", "gqa") else (None, False)
     sample = Sample(
         id=record["id"],
         task=task,
@@ -114,6 +117,20 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
         extra=_extra(record.get("extra")),
     )
     return sample, outside
+
+
+def lacks_duration(sample: Sample) -> bool:
+    """Whether its task needs a duration and its record has none."""
+    return sample.segments is not None and sample.duration is None
+
+
+def with_duration(sample: Sample, duration: float) -> tuple[Sample, bool]:
+    """The sample with its file's duration (seconds), and whether a segment had to be clamped to it.
+
+    Raises BadRecord where a segment lies outside the video.
+    """
+    segments, outside = _segments([list(segment) for segment in sample.segments], duration)
+    return replace(sample, duration=duration, segments=segments), outside
 
 
 def to_record(sample: Sample) -> dict[str, Any]:
@@ -155,10 +172,8 @@ def _options(record: dict) -> tuple[tuple[str, ...], str]:
     return tuple(options), answer
 
 
-def _segments(record: dict, duration: Any) -> tuple[tuple[tuple[float, float], ...], bool]:
-    raw = record.get("segments")
-    if duration is None:
-        raise BadRecord("duration is missing")
+def _segments(raw: Any, duration: float | None) -> tuple[tuple[tuple[float, float], ...], bool]:
+    duration = math.inf if duration is None else duration
     if not isinstance(raw, list) or not raw:
         raise BadRecord(f"segments must be a list of [start, end], got {raw!r}")
     segments, outside = [], False

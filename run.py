@@ -35,7 +35,7 @@ from checkpoint import (
 from engine import Engine
 from environment import environment
 from settings import flat
-from signals import StopRequest, command, handled
+from signals import StopRequest, command, handled, is_launched
 
 UNUSED = {"config.yaml", "env.json", "config.yaml.tmp", "env.json.tmp", "logs", "lock", "report.html"}  # without a step
 ROWS = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")  # cut back to the checkpoint by a resume
@@ -203,6 +203,14 @@ class Run:
             yield step
             if self.stopped:
                 return
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that stopped the run and that this process is to die of; None where it ends by itself.
+
+        Under torch's launcher it does: the launcher got the signal too, or would take the death for a failure.
+        """
+        return self._stop_request.number if self.stopped and not is_launched() else None
 
     def check_finite(self, step: int, rows: Callable[[], list[dict]]) -> None:
         """End the run where too many updates in a row were skipped, or where the gradient of the first one was huge.

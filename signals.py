@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: a program stops with one line that says how to go on, a training run after the step at hand.
 
-Nothing to run.
+Once all is saved and said the process dies of that very signal. A shell then sees exit code 143 or 130, and a loop in
+a shell ends at Ctrl-C: it goes on after a program that took SIGINT and exited by itself, whatever its exit code.
 """
 
 import os
@@ -35,12 +36,28 @@ def handled(handler: Callable[[int], None]) -> Iterator[None]:
 @contextmanager
 def interruptible(flag: str = "--resume") -> Iterator[None]:
     """A signal ends the program here and now, with the command that goes on: the present one and `flag`."""
+    received = []
 
     def stop(number: int) -> None:
+        received.append(number)
         raise SystemExit(f"stopped by {signal.Signals(number).name}; to go on: {command(flag)}")
 
-    with handled(stop):
-        yield
+    try:
+        with handled(stop):
+            yield
+    except SystemExit as ending:  # all `with` blocks inside are left
+        if not received:
+            raise
+        print(ending, file=sys.stderr)
+        die_of(received[0])
+
+
+def die_of(number: int) -> None:
+    """End this process as the signal does where nobody handles it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 class StopRequest:
@@ -49,6 +66,7 @@ class StopRequest:
     def __init__(self, tell: bool):
         self.tell = tell
         self.first_s: float | None = None  # when it came
+        self.number: int | None = None  # and which
 
     @property
     def received(self) -> bool:
@@ -57,7 +75,7 @@ class StopRequest:
     def __call__(self, number: int) -> None:
         now, name = time.monotonic(), signal.Signals(number).name
         if self.first_s is None:
-            self.first_s = now
+            self.first_s, self.number = now, number
             grace = f"; the launcher waits {os.environ.get(LAUNCHER_GRACE_S, 30)} s ({LAUNCHER_GRACE_S})"
             if self.tell:
                 print(
@@ -65,8 +83,7 @@ class StopRequest:
                     file=sys.stderr,
                 )
         elif now - self.first_s > ECHO_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            die_of(number)
 
 
 def is_launched() -> bool:

@@ -34,13 +34,13 @@ from loader import Loader, make_workers
 from optim import make_optimizer, set_learning_rate
 from policy import Policy, pack, packed_logps
 from pretrained import load_policy, save_model
-from progress import Alarm, batch_rows, print_step, sample_rows, step_metrics
+from progress import Alarm, batch_rows, frac_nearly_equal, print_step, sample_rows, step_metrics
 from prompts import make_builder
 from reward_functions import load_functions
 from rollout import Rollout, generate
 from run import Run
 from selfcheck import check_model, check_ranks
-from signals import interruptible
+from signals import die_of, interruptible
 
 
 def collect_groups(
@@ -239,7 +239,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
             run.log(step + 1, metrics | {"tokens_per_s": metrics["tokens/completion"] / metrics["time/step"]})
             rows = sample_rows(groups, step + 1, cfg)
             run.log_samples(rows)
-            warnings = alarm(metrics)
+            warnings = alarm(metrics, frac_nearly_equal(groups, cfg))
             if run.is_main:
                 print_step(step + 1, metrics, rows, warnings, cfg.run, run)
             run.check_finite(step + 1, partial(batch_rows, groups, cfg, step + 1))
@@ -256,7 +256,10 @@ def main(argv: list[str] | None = None) -> Run | None:
         with user_errors():
             return plan.show(cfg, planned)
     with interruptible():
-        return train(cfg, resume)
+        run = train(cfg, resume)
+    if run.stop_signal is not None:
+        die_of(run.stop_signal)
+    return run
 
 
 if __name__ == "__main__":

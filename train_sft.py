@@ -31,7 +31,7 @@ from records import Sample
 from rewards import format_answer
 from run import Run
 from selfcheck import check_model, check_ranks
-from signals import interruptible
+from signals import die_of, interruptible
 
 
 def target_text(sample: Sample, think: bool) -> str:
@@ -122,7 +122,10 @@ def main(argv: list[str] | None = None) -> Run | None:
         with user_errors():
             return plan.show(cfg, planned, lambda sample: target_text(sample, cfg.prompt.think))
     with interruptible():
-        return train(cfg, resume)
+        run = train(cfg, resume)
+    if run.stop_signal is not None:
+        die_of(run.stop_signal)
+    return run
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Every process says every few seconds, through the store that the processes met in, to how many meetings (collective
 calls) it has come and what it is doing. One that has waited for too long reads what the others said, names those that
-came to fewer meetings or are silent, and ends. Independent of the backend: NCCL's own limit names nobody. Times are
-each process's own, by its monotonic clock. Nothing to run.
+came to fewer meetings or are silent, and ends. Independent of the backend: NCCL's own limit names nobody. Where
+processes work on their own for long and unequally, as evaluation does, `wait_for_work` waits for signs of life and not
+for arrival. Times are each process's own, by its monotonic clock.
 """
 
 import json
@@ -65,6 +66,26 @@ class Watchdog:
         finally:
             self._waiting_since = outer
 
+    def wait_for_work(self) -> None:
+        """Return once all processes have come here, however long the work of each has taken.
+
+        A collective call behind it meets no limit of its own. One that has been silent for `limit_s` ends this process.
+        """
+        self.num_meetings += 1
+        since = time.monotonic()
+        try:
+            if self.others:
+                self._beat()
+            while coming := [rank for rank in self.others if self._hear(rank)[0]["num_meetings"] < self.num_meetings]:
+                if max(self._hear(rank)[1] for rank in coming) > self.limit_s:
+                    break
+                time.sleep(self.beat_s)
+        except DistError:  # the store is gone
+            coming = self.others
+        if coming:
+            self._waiting_since = since
+            raise SystemExit(self.report())
+
     def stop(self) -> None:
         self._ended.set()
 
@@ -86,14 +107,18 @@ class Watchdog:
     def _late_text(self, rank: int) -> str:
         if not self._store.check([str(rank)]):
             return f"rank {rank} has not started"
-        state = json.loads(self._store.get(str(rank)))
-        if rank not in self._heard or self._heard[rank][0] != state["beat"]:
-            self._heard[rank] = state["beat"], time.monotonic()
-        silent_s = time.monotonic() - self._heard[rank][1]
+        state, silent_s = self._hear(rank)
         doing = f"in phase {state['phase']} of step {state['step']} for {state['phase_s']:.0f} s"
         if silent_s > SILENT_BEATS * self.beat_s:
             return f"rank {rank} gives no sign of life, it was {doing}"
         return f"rank {rank} has not arrived, it is {doing}" if state["num_meetings"] < self.num_meetings else ""
+
+    def _hear(self, rank: int) -> tuple[dict, float]:
+        """What a process last said, and for how long nothing new has come."""
+        state = json.loads(self._store.get(str(rank)))
+        if rank not in self._heard or self._heard[rank][0] != state["beat"]:
+            self._heard[rank] = state["beat"], time.monotonic()
+        return state, time.monotonic() - self._heard[rank][1]
 
     def _beat(self) -> None:
         phase, since = self._phases[-1]

@@ -68,7 +68,7 @@ def step_floors(policy: Policy, cfg: GrpoConfig, prompt: Prompt, device: str) ->
     text, after = model.config.text_config, len(prompt.ids) - prompt.video_start - prompt.video.num_tokens
     length = Length(prompt.sample, prompt.video_start, prompt.video.grid_thw, prompt.video.num_tokens, after, 0)
     num_new, size, num = cfg.rollout.max_new_tokens, cfg.rollout.group_size, cfg.data.batch_size
-    case = Case(cfg, Launch(), model.config, policy.tokenizer, length, num_new, Speed(1.0, 1.0, 0.0), device)
+    case = Case(cfg, Launch(), model.config, policy.tokenizer, length, num_new, num_new, Speed(1.0, 1.0, 0.0), device)
     flops = {name: phase.flops for name, phase in case.run[0].items()}
     language = model.model.language_model
     weights = sum(p.nbytes for module in (language.layers, language.norm, model.lm_head) for p in module.parameters())

@@ -103,6 +103,10 @@ def write_data(world: Path, folder: Path, num: int, bad: dict[int, bytes | str])
     return str(folder / "data.jsonl")
 
 
+def folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 class RecordingSGD(torch.optim.SGD):
     """Plain SGD, whose step is linear in the gradient (Adam's hides a wrong scale), and which keeps the gradients."""
 

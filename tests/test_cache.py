@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import pickle
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,43 @@ def test_damaged_entry_is_a_miss_and_can_be_rebuilt(tmp_path, damage):
     assert cache.get("a") is None
     cache.put("a", FRAMES, TIMES)
     assert np.array_equal(cache.get("a")[0], FRAMES)
+
+
+class Malicious:
+    """A pickle of it makes a file where it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("where", ["index", "file"])
+def test_a_pickle_in_a_shared_folder_is_not_loaded(tmp_path, where):
+    """diskcache unpickled whatever a row of its index calls a pickle, so who could write the folder could run code."""
+    cache = FrameCache(tmp_path, 0.1)
+    cache.put("a", FRAMES)
+    planted, (file,) = pickle.dumps(Malicious(tmp_path / "it_ran")), value_files(tmp_path)
+    file.write_bytes(planted)
+    with sqlite3.connect(tmp_path / "cache.db") as index:
+        index.execute("UPDATE Cache SET mode = 4")  # diskcache.core.MODE_PICKLE
+        if where == "index":
+            index.execute("UPDATE Cache SET filename = NULL, value = ?", (planted,))
+        index.execute("INSERT INTO Cache (key, raw, mode, value) VALUES (?, 0, 4, ?)", (planted, planted))
+    assert cache.get("a") is None and FrameCache(tmp_path, 0.1).get("a") is None
+    with pytest.raises(OSError, match="a pickled key is refused"):
+        list(cache._disk)
+    assert not (tmp_path / "it_ran").exists()
+    cache.put("a", TIMES)
+    assert np.array_equal(cache.get("a")[0], TIMES)
+
+
+@pytest.mark.parametrize("value", ["a text", 5, None, b"123"])
+def test_what_put_did_not_write_is_a_miss(tmp_path, value):
+    cache = FrameCache(tmp_path, 0.1)
+    cache._disk.set("a", value)
+    assert cache.get("a") is None
 
 
 def test_the_least_recently_used_leave_at_the_cap(tmp_path):

@@ -202,6 +202,59 @@ def test_times_that_do_not_fit_the_file(tmp_path, monkeypatch, no_pool, record, 
     assert line["warning"].startswith(warning) and bool(line["warning"]) == bool(warning)
 
 
+def test_a_record_without_a_duration_takes_that_of_its_file(world, tmp_path, clip, capsys, monkeypatch, no_pool):
+    """They were refused. Training reads each header once, or none where the manifest has the duration."""
+    shutil.copy(clip[0], tmp_path / "v.mp4")
+    row = {key: value for key, value in TVG.items() if key != "duration"}
+    gqa = row | {"id": "c", "task": "gqa", "options": ["x", "y"], "answer": "A", "segments": [[1, 2], [3, 99.5]]}
+    cut = row | {"id": "d", "clip": [1, 4], "duration": None}
+    source = write(tmp_path / "a.jsonl", row, TVG | {"id": "b", "duration": 9.0}, gqa, cut)
+    opened, read = [], data.read_duration
+    monkeypatch.setattr(data, "read_duration", lambda *file: opened.append(file) or read(*file))
+    samples = read_samples(source)
+    assert [sample.duration for sample in samples] == pytest.approx([clip[1], 9.0, clip[1], 3.0])
+    assert samples[2].segments == ((1.0, 2.0), (3.0, samples[2].duration))
+    assert opened == [(f"{tmp_path}/v.mp4", None)]
+    told = capsys.readouterr().out
+    assert f"{source}: 2 records without a duration take that of their file\n" in told
+    assert "1 segments clamped to their video" in told
+    with pytest.raises(ValueError, match=r"a\.jsonl:3: segments \[\[1.0, 2.0\], \[3.0, 99.5\]\] end after the video"):
+        read_samples(source, "error")
+    assert check(source, "--manifest", tmp_path / "m.jsonl") == 1  # a segment far outside of its file
+    told = capsys.readouterr().out
+    assert "2 records without a duration take that of their file\n" in told
+    assert "segment [3, 99.5] lies outside the video" in told
+    opened.clear()
+    samples = read_samples(source, manifest=str(tmp_path / "m.jsonl"))
+    assert [sample.id for sample in samples] == ["a", "b", "d"] and not opened
+    assert samples[0].duration == pytest.approx(clip[1])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a video"])
+def test_a_file_that_tells_no_duration_is_named(tmp_path, content, no_pool, capsys):
+    """By file, row and key; where the manifest calls the file bad, its record is dropped as any other."""
+    if content is not None:
+        (tmp_path / "w.mp4").write_bytes(content)
+    bad = {key: value for key, value in TVG.items() if key != "duration"} | {"id": "b", "video": "w.mp4"}
+    (tmp_path / "v.mp4").touch()
+    source = write(tmp_path / "a.jsonl", TVG, bad)
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: duration is missing in the record, and .*w\.mp4: "):
+        read_samples(source)
+    assert check(source, "--manifest", tmp_path / "m.jsonl") == 1
+    with pytest.raises(ValueError, match="no samples"):
+        read_samples(source, manifest=str(tmp_path / "m.jsonl"))
+    assert "2 records dropped, 0 kept" in capsys.readouterr().out
+
+
+def test_a_folder_of_frames_lasts_as_long_as_its_images(tmp_path):
+    """Eight images at four a second."""
+    (tmp_path / "v").mkdir()
+    for i in range(8):
+        Image.new("RGB", (56, 28)).save(tmp_path / "v" / f"frame_{i:06d}.png")
+    record = {"id": "a", "task": "tvg", "video": "v", "fps": 4, "question": "When?", "segments": [[0.5, 1.5]]}
+    assert read_samples(write(tmp_path / "a.jsonl", record))[0].duration == 2.0
+
+
 def test_a_folder_of_frames_is_a_video(world, tmp_path, no_pool):
     """Eight images at four a second: checked, read and made a prompt of."""
     (tmp_path / "v").mkdir()

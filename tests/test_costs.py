@@ -6,10 +6,11 @@ import sys
 from dataclasses import replace
 
 import pytest
-from conftest import REPO, make_cfg, sft_cfg
+from conftest import REPO, folder_size, make_cfg, sft_cfg
 from transformers import AutoConfig, AutoTokenizer
 
 import config
+import train_grpo
 from costs import Case, Launch, read_launch
 from dryrun import Speed
 from lengths import Length, RoughTokenizer
@@ -25,12 +26,12 @@ PATCHES = 2 * 8 * 8 * 1176 * 4  # bytes of its video: float32, 3 x 2 x 14 x 14 n
 def recipe(launch: Launch, *overrides: str) -> Case:
     cfg = config.load(config.GrpoConfig, [str(REPO / "configs/grpo_qwen2_5_vl_3b_charades.yaml")], list(overrides))
     model = AutoConfig.from_pretrained(MODEL_3B)
-    return Case(cfg, launch, model, RoughTokenizer(151665), LENGTH, 16, Speed(1e12, 1e12, 1e-5), "cuda")
+    return Case(cfg, launch, model, RoughTokenizer(151665), LENGTH, 16, 16, Speed(1e12, 1e12, 1e-5), "cuda")
 
 
 def tiny_case(world, cfg, launch: Launch | None = None) -> Case:
     model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoConfig, AutoTokenizer))
-    return Case(cfg, launch or Launch(), model, tokenizer, LENGTH, 6, Speed(1e12, 1e12, 1e-5), "cuda")
+    return Case(cfg, launch or Launch(), model, tokenizer, LENGTH, 6, 6, Speed(1e12, 1e12, 1e-5), "cuda")
 
 
 def test_the_3b_model_has_the_published_number_of_parameters():
@@ -59,6 +60,48 @@ def test_what_deepspeed_holds_of_the_3b_model(launch):
     assert recipe(launch, "loss.beta=0").resident["reference"] == 0
     offloaded = 2 * N * launch.offload_params + 16 * N * launch.offload_optimizer
     assert case.host == offloaded // 8
+
+
+@pytest.mark.parametrize(
+    ("launch", "overrides", "expected"),
+    [
+        (Launch(8, 2), (), 14 * N),  # bfloat16 weights, and AdamW's two averages and weights in float32
+        (Launch(8, 3), (), 12 * N),
+        (Launch(8, 3, True, True), (), 12 * N),  # what is on the host is saved as well
+        (Launch(8, 2), ("model.freeze_vision=true",), 2 * N + 12 * (N - 668_684_288)),
+        (Launch(8, 3), ("model.freeze_vision=true",), 2 * 668_684_288 + 12 * (N - 668_684_288)),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_the_3b_model(launch, overrides, expected):
+    assert recipe(launch, *overrides).checkpoint == expected
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.lora_rank=4",), ("optim.muon_lr=0.01",)], ids=str)
+def test_a_checkpoint_takes_the_bytes_that_are_planned(world, tmp_path, overrides):
+    """But for a few kilobytes of random states, lists and the file formats. Sharded ones: test_faults.py."""
+    cfg = make_cfg(world, tmp_path, "run.steps=1", "group.skip_dead=false", "loss.entropy=0.01", *overrides)
+    planned = tiny_case(world, cfg).checkpoint
+    train_grpo.train(cfg)
+    assert planned == pytest.approx(folder_size(tmp_path / "run" / "checkpoints" / "step_000001"), rel=0.02)
+
+
+def test_decoding_runs_until_the_longest_ends(world, tmp_path):
+    """Four times the tokens in the longest completion take four times the decoding, by hand: a step is launches alone.
+
+    Two ways that agree: FLOPs of the sampler, which sees no past, and seconds. The update is of the mean.
+    """
+    cfg = make_cfg(world, tmp_path, "rollout.max_new_tokens=64")
+    short, tail, long = (
+        replace(tiny_case(world, cfg), num_new=mean, num_decoded=longest).run[0]
+        for mean, longest in ((16, 16), (16, 64), (64, 64))
+    )
+    assert tail["decode"].seconds == pytest.approx(4 * short["decode"].seconds, rel=1e-3)
+    assert tail["sampler"].flops == 4 * short["sampler"].flops
+    assert (tail["decode"], tail["sampler"]) == (long["decode"], long["sampler"])
+    for name in ("vision", "prefill", "forward", "head", "backward"):
+        assert tail[name].flops == short[name].flops and tail[name].seconds == short[name].seconds, name
+    assert long["forward"].flops > 1.5 * short["forward"].flops
 
 
 @pytest.mark.slow

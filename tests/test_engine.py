@@ -1,12 +1,18 @@
 """Gradients of one process, what is not finite, and what a launcher may not ask for."""
 
 import json
+import logging
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import REPO, make_cfg
 from small_runs import open_run, prepared, take_step
 
+import config
 from engine import Engine, check_batch
 
 
@@ -117,6 +123,41 @@ def test_accumulation_by_the_launcher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
     with pytest.raises(ValueError, match="gradient_accumulation_steps in the accelerate file must be 1"):
         Engine(tmp_path, "none", timeout_s=60)
+
+
+def test_a_good_run_warns_of_nothing(world, tmp_path):
+    """It said on every checkpoint that a tensor was removed, and once that DeepSpeed runs on the CPU."""
+    (tmp_path / "a.yaml").write_text(config.to_yaml(make_cfg(world, tmp_path, "run.steps=1")))
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "train_grpo.py", "--config", str(tmp_path / "a.yaml")],
+        cwd=REPO,
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0 and (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
+    assert "shared tensor" not in done.stderr + done.stdout and "accelerator" not in done.stderr + done.stdout
+    assert "WARNING" not in done.stderr + done.stdout
+
+
+def test_other_warnings_are_heard(caplog):
+    """Of the same loggers; what is filtered is the expected message alone."""
+    end = "while saving. This should be OK, but ..."
+    for name, text, heard in (
+        ("accelerate.utils.other", f"Removed shared tensor {{'model.lm_head.weight'}} {end}", False),
+        ("accelerate.utils.other", f"Removed shared tensor {{'model.lm_head.weight', 'model.layers.0.w'}} {end}", True),
+        ("accelerate.utils.other", f"Removed shared tensor {{'model.layers.0.w'}} {end}", True),
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, ...", False),
+        ("DeepSpeed", "something else", True),
+    ):
+        caplog.clear()
+        logger = logging.getLogger(name)
+        logger.addHandler(caplog.handler)
+        logger.warning(text)
+        logger.removeHandler(caplog.handler)
+        assert bool(caplog.records) == heard, text
 
 
 def test_an_indivisible_batch_is_an_error():

@@ -20,11 +20,13 @@ import forked
 import pytest
 import torch
 from clips import grey, write_clip
-from conftest import REPO, make_cfg, metrics_of, read_jsonl, weights_of, write_data
+from conftest import REPO, folder_size, make_cfg, metrics_of, read_jsonl, weights_of, write_data
 from forked import Fault, start, start_all
 
 import config
+import plan
 from checkpoint import newest_whole, step_of
+from config import GrpoConfig, PlanConfig
 from data import batch_indices
 
 pytestmark = pytest.mark.slow
@@ -203,17 +205,44 @@ def test_two_runs_in_one_folder(world, tmp_path, undisturbed, fault):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda sent: sent.name)
 def test_a_signal(world, tmp_path, undisturbed, fault, sent):
     """To the whole group, decoding workers too, as Ctrl-C does: they are needed until the step is over."""
-    fault(f"{sent.name} to the process and its workers", "the step is finished and saved, exit 0; --resume goes on")
+    code = 128 + sent
+    fault(f"{sent.name} to the process and its workers", f"the step is saved, exit code {code}; --resume goes on")
     argv, run = arguments(world, tmp_path / "a", "data.workers=1"), tmp_path / "a" / "run"
     child = start(argv, tmp_path / "log", setup=forked.own_group)
     child.wait_for("rollout", 2)
     os.killpg(child.process.pid, sent)
-    assert child.wait() == 0, child.text
+    assert child.wait() == -sent, child.text
     end = child.text.rstrip().splitlines()[-1]
     assert end.startswith("stopped after step 2 of 6, with a checkpoint; to go on: train_grpo.py --config ")
     assert end.endswith(" --resume") and newest_step(run) == 2 and not (run / "final").exists()
     resume(argv, tmp_path / "log")
     assert_same(run, undisturbed)
+
+
+def test_a_loop_of_runs_stops_at_ctrl_c(world, tmp_path, fault):
+    """As README.md has it. Training took the signal and ended with exit code 0, and the next run began."""
+    fault("Ctrl-C in a loop of a shell", "the step is finished and saved, and no further run begins")
+    argv = arguments(world, tmp_path / "a", "run.steps=1000", "data.workers=1")
+    command = 'for seed in 0 1; do "$0" train_grpo.py "$@" run.seed=$seed run.dir=$DIR/$seed; echo next; done'
+    with open(tmp_path / "log", "w") as log:
+        shell = subprocess.Popen(
+            ["bash", "-c", command, sys.executable, *argv],
+            cwd=REPO,
+            env=os.environ | {"DIR": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        rows = tmp_path / "runs" / "0" / "metrics.jsonl"
+        end = time.monotonic() + 300
+        while not rows.is_file() or not rows.read_bytes():
+            assert shell.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        os.killpg(shell.pid, signal.SIGINT)
+        assert shell.wait(100) == -signal.SIGINT
+    told = (tmp_path / "log").read_text()
+    assert "stopped after step " in told and "next" not in told and not (tmp_path / "runs" / "1").exists()
+    assert newest_step(tmp_path / "runs" / "0") == len(metrics_of(tmp_path / "runs" / "0"))
 
 
 def test_a_clock_that_jumps(world, tmp_path, undisturbed, fault):
@@ -396,6 +425,9 @@ def test_killed_with_sharded_weights(world, tmp_path, fault, name):
         assert codes == ([0, 0] if strike is None else [1, -signal.SIGKILL]), children[0].text
     run, whole = tmp_path / "parts" / "run", tmp_path / "whole" / "run"
     assert newest_step(run) == 2
+    cfg, assumed = config.load(GrpoConfig, argv[1:]), PlanConfig(engine=str(REPO / "configs" / "accelerate" / name))
+    size = folder_size(newest_whole(run / "checkpoints")[0])
+    assert plan.plan(cfg, assumed).checkpoint == pytest.approx(size, rel=0.02)
     children = start_all(name, [*argv, "--resume"], tmp_path / "parts")
     assert [child.wait() for child in children] == [0, 0], children[0].text
     for ours, theirs in zip(metrics_of(run), metrics_of(whole), strict=True):

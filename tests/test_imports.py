@@ -56,7 +56,7 @@ MAY_IMPORT = {
     | {"attention", "environment", "kernelcheck", "settings", "video", "workers"},
     "kernelcheck": {"attention"},
     "optim": set(),
-    "data": {"records", "manifest"},
+    "data": {"records", "manifest", "readers"},
     "records": set(),
     "manifest": {"records", "video", "workers"},
     "prompts": {"config", "records", "video", "cache"},

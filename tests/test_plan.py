@@ -25,7 +25,7 @@ CHARADES = SHARED / "data" / "annotations" / "charades_sta"
 @pytest.fixture(scope="module")
 def tiny_plan(world, tmp_path_factory):
     cfg = make_cfg(world, tmp_path_factory.mktemp("plan"), "loss.beta=0.1", "data.micro_batch_size=2")
-    return cfg, plan.plan(cfg, PlanConfig(completion_tokens=3))
+    return cfg, plan.plan(cfg, PlanConfig(completion_tokens=3, longest_tokens=5))
 
 
 def test_a_plan_of_the_tiny_world(tiny_plan):
@@ -44,6 +44,21 @@ def test_a_plan_of_the_tiny_world(tiny_plan):
     assert found.seconds == sum(phase.seconds for phase in found.phases.values()) > 0
 
 
+def test_decoding_is_as_long_as_the_longest_completion(world, tmp_path):
+    """Today's seconds took all completions as equally long. By default the longest has all tokens that it may have."""
+    cfg = make_cfg(world, tmp_path, "rollout.max_new_tokens=64")
+    equal, tail, default = (
+        plan.plan(cfg, PlanConfig(completion_tokens=8, longest_tokens=longest)) for longest in (8, 32, 0)
+    )
+    assert [found.decoded for found in (equal, tail, default)] == [8, 32, 64]
+    for found, times in ((tail, 4), (default, 8)):
+        assert found.phases["decode"].seconds == pytest.approx(times * equal.phases["decode"].seconds, rel=1e-3)
+        assert found.phases["backward"] == equal.phases["backward"] and found.sampled_tokens == 4 * 4 * 8
+        assert found.longest == equal.longest  # of memory nothing is new
+    with pytest.raises(ValueError, match=r"plan\.longest_tokens=7 is below the mean, plan\.completion_tokens=8"):
+        PlanConfig(completion_tokens=8, longest_tokens=7)
+
+
 def test_a_card_without_fused_attention_in_bfloat16_needs_more(world, tmp_path):
     """What the kernel takes is decided as training decides it; in float32 both cards have one."""
     lora = ("model.lora_rank=4", "model.dtype=bfloat16", "rollout.max_new_tokens=64")
@@ -59,10 +74,16 @@ def test_a_card_without_fused_attention_in_bfloat16_needs_more(world, tmp_path):
 
 def test_the_report_says_it_all(tiny_plan):
     cfg, found = tiny_plan
-    text = plan.report(found, cfg, PlanConfig(completion_tokens=3))
+    text = plan.report(found, cfg, PlanConfig(completion_tokens=3, longest_tokens=5))
     for word in (*found.resident, *found.phases, "tokens", "p95", "fits in 80 GiB", "steps an epoch", "KV cache"):
         assert word in text, word
     assert f"parameters: total {found.parameters['total']:,}" in text
+    assert (
+        "with 3 tokens a completion in the update (the mean, plan.completion_tokens) and 5 in decoding (the longest"
+        in text
+    )
+    size = found.checkpoint / 1e9
+    assert f"disk: {size:.3g} GB a checkpoint, {3 * size:.3g} GB while one is written" in text
 
 
 @pytest.mark.parametrize(
@@ -119,10 +140,11 @@ def test_the_recipe_on_charades_sta(tmp_path, capsys):
     convert.main([*source, "--durations", str(tmp_path / "charades.json"), "--out", str(tmp_path / "train.jsonl")])
     capsys.readouterr()
     words = ["--config", RECIPE, f"data.train={tmp_path}/train.jsonl", "--plan", ZERO2, "plan.completion_tokens=110"]
-    train_grpo.main(words)
+    train_grpo.main([*words, "plan.longest_tokens=500"])
     text = capsys.readouterr().out
     assert "parameters: total 3,754,622,976, vision 668,684,288" in text and "12,408 records" in text
     assert "775.5 steps an epoch" in text and "fits in 80 GiB" in text and "14,080 tokens sampled" in text
+    assert "disk: 52.6 GB a checkpoint, 158 GB while one is written" in text
     cfg = config.load(GrpoConfig, [RECIPE], [f"data.train={tmp_path}/train.jsonl"])
     found = plan.plan(cfg, PlanConfig(engine=ZERO2))
     assert found.parameters["total"] == N and found.tokens["video"][3] <= 2048

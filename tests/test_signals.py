@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from conftest import REPO
@@ -40,11 +43,63 @@ def test_another_thread_than_the_main_one_goes_without():
     assert entered == [1]
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO)}
+WAITS = """
+import sys, time
+from signals import interruptible
+with interruptible():
+    try:
+        print("there", flush=True)
+        time.sleep(60)
+    finally:
+        print("left", flush=True)
+"""
+LOOP = 'for i in 1 2 3; do "$0" -c "$1"; echo "exit code $?"; done'
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_what_can_be_stopped_anywhere_ends_with_one_line(number):
-    told = rf"^stopped by {number.name}; to go on: .*python.* --resume$"
-    with pytest.raises(SystemExit, match=told), interruptible():
-        os.kill(os.getpid(), number)
+    """Blocks are left first; then it dies of the signal: exit code 130 or 143 to a shell. It was 1."""
+    words = [sys.executable, "-c", WAITS]
+    with subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(number)
+        out, error = process.communicate(timeout=50)
+    assert (process.returncode, out) == (-number, "left\n")
+    assert error.startswith(f"stopped by {number.name}; to go on: {sys.executable} -c ")
+    assert error.endswith(" --resume\n")
+
+
+def test_another_ending_stays_what_it_is():
+    with pytest.raises(SystemExit, match="error: a key"), interruptible():
+        raise SystemExit("error: a key")
+
+
+def test_a_loop_in_a_shell_stops_at_ctrl_c():
+    """Which is SIGINT to the whole group. It went on with the next one."""
+    with shell_loop() as shell:
+        os.killpg(shell.pid, signal.SIGINT)
+        out, _ = shell.communicate(timeout=50)
+    assert shell.returncode == -signal.SIGINT and out.startswith("left\nstopped by SIGINT; to go on: ")
+    assert "\nthere\n" not in out and "exit code" not in out
+
+
+def test_a_shell_is_told_of_sigterm():
+    with shell_loop() as shell:
+        (child,) = map(int, Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text().split())
+        os.kill(child, signal.SIGTERM)
+        lines = list(iter(shell.stdout.readline, "there\n"))  # until the next one is there
+        os.killpg(shell.pid, signal.SIGKILL)
+    assert lines[0] == "left\n" and "exit code 143\n" in lines
+
+
+@contextmanager
+def shell_loop() -> Iterator[subprocess.Popen]:
+    """A shell in a group of its own, in the first round of its loop."""
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen(["bash", "-c", LOOP, sys.executable, WAITS], env=ENVIRONMENT, **how) as shell:
+        assert shell.stdout.readline() == "there\n"
+        yield shell
 
 
 SCRIPT = """
@@ -63,8 +118,7 @@ with signals.handled(request):
 
 def test_a_second_signal_ends_at_once():
     """But not the same one that came a second way: Slurm signals us and our launcher, which forwards it."""
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=ENVIRONMENT, capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "True\n")
     assert done.stderr == "\nSIGTERM: stopping after this step, with a checkpoint\n"
 

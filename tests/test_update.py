@@ -25,8 +25,13 @@ from safetensors.torch import load_file
 import engine
 import train_grpo
 import train_sft
+from config import DataConfig, GrpoConfig, PromptConfig
 from data import batch_indices, read_samples, refill_indices
+from grpo import group_advantages
 from policy import Policy, pack, packed_logps
+from progress import frac_nearly_equal
+from records import Sample
+from rewards import score
 from rollout import Rollout
 from run import Run
 from train_grpo import Alarm, Groups, choose_groups
@@ -410,15 +415,48 @@ def test_the_penalty_for_overlong_completions_is_part_of_the_reward(world, taugh
 def test_warnings_come_after_so_many_steps_in_a_row_and_name_causes():
     alarm = Alarm(3)
     dead = {"group/frac_mixed": 0.0, "frac_truncated": 0.5}
-    assert [len(alarm(dead)) for _ in range(7)] == [0, 0, 1, 0, 0, 1, 0]
-    assert alarm({"group/frac_mixed": 0.1, "frac_truncated": 0.95}) == []
-    assert [len(alarm(dead)) for _ in range(2)] == [0, 0]  # starts over
+    assert [len(alarm(dead, 0.0)) for _ in range(7)] == [0, 0, 1, 0, 0, 1, 0]
+    assert alarm({"group/frac_mixed": 0.1, "frac_truncated": 0.95}, 0.0) == []
+    assert [len(alarm(dead, 0.0)) for _ in range(2)] == [0, 0]  # starts over
     alarm = Alarm(3, alarm.state["alarm"])  # a resume goes on counting
-    (warning,) = alarm(dead)
+    (warning,) = alarm(dead, 0.0)
     assert warning.startswith("WARNING: for 3 steps no group had rewards that differ") and "samples.jsonl" in warning
     alarm = Alarm(1)
-    (warning,) = alarm({"group/frac_mixed": 1.0, "frac_truncated": 0.91})
+    (warning,) = alarm({"group/frac_mixed": 1.0, "frac_truncated": 0.91}, 0.0)
     assert "over 90%" in warning and "EOS" in warning
+
+
+def test_groups_that_are_nearly_equal_are_said_once():
+    """Over a resume too, and after a break; a checkpoint of before has two counts."""
+    alarm, fine = Alarm(2, [0, 0]), {"group/frac_mixed": 0.3, "frac_truncated": 0.0}
+    assert alarm(fine, 0.7) == alarm(fine, 0.5) == alarm(fine, 0.7) == []
+    (warning,) = alarm(fine, 0.7)
+    assert warning.startswith("WARNING: for 2 steps most groups had rewards that differ by no more than group.tol")
+    assert "\n" not in warning
+    assert [alarm(fine, share) for share in (0.7, 0.7, 0.0, 0.7, 0.7)] == [[]] * 5
+    alarm = Alarm(2, alarm.state["alarm"])
+    assert [alarm(fine, 0.7) for _ in range(5)] == [[]] * 5
+
+
+def test_a_hundredth_of_a_second_is_no_signal():
+    """By hand: of 8 answers to a span of 18 s seven end at 9 s, one at 9.01 s. IoUs 1/2 and 9.01/18 differ by 0.00056.
+
+    Half of that is in the total: d = 0.000278, and the standard deviation d / sqrt(8) = 0.0000982. The advantage of
+    the one would be 7/8 d / (d / sqrt(8) + 1e-6) = 2.45. Half a second more earns one, and the largest that there is.
+    """
+    totals = {}
+    for end in (9.01, 9.5):
+        sample = Sample("a", "tvg", "", "When?", duration=30.0, segments=((0.0, 18.0),))
+        answers = [f"<answer>0 to {end if i == 0 else 9}</answer>" for i in range(8)]
+        cfg = GrpoConfig(prompt=PromptConfig(think=False), data=DataConfig(batch_size=1))
+        totals[end] = torch.tensor([[score(answer, sample, cfg).total for answer in answers]])
+    assert totals[9.01][0, 0] - totals[9.01][0, 1] == pytest.approx(0.000278, abs=1e-6)
+    assert group_advantages(totals[9.01])[0, 0].item() == pytest.approx(2.45, abs=0.01)
+    for end, alive in ((9.01, 0), (9.5, 1)):
+        groups = Groups(None, [], [], [0], totals[end], totals[end], totals[end], torch.ones(1, 8), num_refills=0)
+        advantages_NG = choose_groups(groups, cfg)[2]
+        assert advantages_NG[0, 0].item() == pytest.approx(2.47 * alive, abs=0.01)
+        assert frac_nearly_equal(groups, cfg) == 1 - alive
 
 
 def test_a_sample_that_is_twice_in_a_batch_is_sampled_anew(world, tmp_path):

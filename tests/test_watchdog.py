@@ -1,9 +1,12 @@
-"""Who has not come to a meeting: several watchdogs in one process, each for a rank. With processes: test_faults.py."""
+"""Who has not come to a meeting: several watchdogs in one process, each for a rank. With training: test_faults.py."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from conftest import REPO
@@ -88,6 +91,78 @@ def test_a_lost_connection_is_one_line(dogs):
         raise RuntimeError("Connection closed by peer [::1]:5")
     with pytest.raises(RuntimeError, match="out of memory"), first.meeting():
         raise RuntimeError("out of memory")
+
+
+def test_work_is_waited_for_as_long_as_there_are_signs_of_life(dogs):
+    """Three times the limit, and then as long as it takes to hear that it has come."""
+    first, second = dogs(2, 0, 1)
+    first.limit_s = 0.5
+    threading.Timer(1.5, second.wait_for_work).start()
+    start = time.monotonic()
+    first.wait_for_work()
+    assert 1.4 < time.monotonic() - start < 5 and first.num_meetings == 1
+    Watchdog(0, 1, 10.0).wait_for_work()  # alone
+
+
+def test_work_of_a_silent_process_is_not_waited_for(dogs):
+    first, second = dogs(2, 0, 1)
+    first.limit_s = 0.5
+    second.stop()
+    told = r"error: rank 0 has waited for 1 s in phase start of step 0: rank 1 gives no sign of life, it was in phase"
+    with pytest.raises(SystemExit, match=told):
+        first.wait_for_work()
+
+
+WORK = """
+import datetime, os, signal, sys, time
+import engine
+from batches import DoneBatches
+from records import Sample
+from small_runs import open_run
+
+rank, work = int(os.environ["RANK"]), sys.argv[2]
+engine.timedelta = lambda seconds: datetime.timedelta(seconds=4)  # gloo's own limit
+run = open_run(sys.argv[1], timeout=4.0)
+samples = [Sample(str(i), "tvg", "", "") for i in range(4)]
+done = DoneBatches(run, "rows", [samples[:2], samples[2:]], lambda sample: {"id": sample.id}, {})
+for number in done.mine:
+    if rank == 1:
+        print("at work", flush=True)
+        time.sleep(7.0)
+        if work == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+    done.add(number, [{"id": sample.id} for sample in done.batches[number]])
+print([row["id"] for row in done.gather()], flush=True)
+run.finish()
+"""
+
+
+@pytest.mark.parametrize("work", ["long", "killed"])
+def test_processes_may_finish_further_apart_than_the_limit(tmp_path, work):
+    """Two real processes. The first to be done ended the evaluation after run.timeout, and named the one at work."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}", "OMP_NUM_THREADS": "1"}
+    common |= {"CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORK, str(tmp_path / "run"), work],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    (out, error), (late, _) = [child.communicate(timeout=100) for child in children]
+    codes = [child.returncode for child in children]
+    rows = "['0', '1', '2', '3']\n"
+    if work == "long":
+        assert (codes, out, late) == ([0, 0], rows, f"at work\n{rows}"), error
+    else:
+        assert codes == [1, -signal.SIGKILL] and "error: rank 0 has waited for " in error
+        assert "rank 1 gives no sign of life, it was in phase start" in error
 
 
 SCRIPT = """
