@@ -6,10 +6,13 @@ only what differs from the defaults; an unknown key or a wrong type is an error 
     cfg = config.load(config.GrpoConfig, ["configs/tiny.yaml"], ["loss.beta=0.0", "run.seed=1"])
 """
 
+import re
 from dataclasses import astuple, dataclass, field
 from typing import Literal
 
 from settings import load, to_yaml  # noqa: F401  (for who imports config)
+
+LEAST_LORA_LR = 5e-6  # a smaller learning rate of adapters is warned of
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,19 @@ class VideoConfig:
     total_pixels: int = 1605632  # budget of a video in pixels of frame pairs: 28 x 28 make one token, 2,048 tokens
     time_step: Literal["exact", "whole_seconds"] = "exact"  # whole_seconds: as transformers 4.50 to 5.2 rounded it down
 
+    def __post_init__(self):
+        for unit in ("frames", "pixels"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if most < least:
+                raise ValueError(f"video.max_{unit} must be at least video.min_{unit}={least}, got {most}")
+
 
 THINK = (
     "Think about the video and the question first, inside <think> </think> tags. "
     "Then give the final answer inside <answer> </answer> tags."
 )
 PLAIN = "Give only the final answer, inside <answer> </answer> tags."
+WORDS = {"question", "options"}  # what a prompt's {word} may be
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,16 @@ class PromptConfig:
         "{question}\n{options}\nAnswer with the letter of the right option and the start and end time in seconds "
         "of the moment that shows it, as in <answer>B, 3.5 to 12.0</answer>."
     )  # user turn of grounded question answering
+
+    def __post_init__(self):
+        for task, known in (("tvg", {"question"}), ("mcqa", WORDS), ("gqa", WORDS)):
+            found = re.findall(r"(\\\w+)?\{(\w+)\}", getattr(self, task))
+            words = {word for command, word in found if not command}  # \boxed{B} is meant as it stands
+            if "question" not in words:  # a model that is not asked can only guess
+                raise ValueError(f"prompt.{task} must hold {{question}}, got {getattr(self, task)!r}")
+            if unknown := sorted(words - known):  # it would reach the model as it stands
+                listed = " and ".join(f"{{{word}}}" for word in sorted(known, reverse=True))
+                raise ValueError(f"prompt.{task} may hold {listed}, and {{{unknown[0]}}} is unknown")
 
 
 @dataclass(frozen=True)
@@ -150,7 +170,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 1e-6  # AdamW learning rate
+    lr: float = 1e-6  # AdamW learning rate; adapters want about ten times that of full tuning
     muon_lr: float = 0.0  # above 0: matrices but embeddings are trained by Muon at this rate (from scratch)
     weight_decay: float = 0.01  # AdamW, decoupled
     beta1: float = 0.9  # AdamW
@@ -267,6 +287,8 @@ class GrpoConfig:
         if self.rollout.group_size < 2:
             raise ValueError(f"rollout.group_size is {self.rollout.group_size}; a group needs at least 2 completions")
         _check_rewards(self.rewards)
+        if self.loss.clip_low >= 1 and self.loss.clip != "cispo":  # MiniMax-M1 sets no lower bound for CISPO
+            raise ValueError(f"loss.clip_low must be below 1, as no ratio is below 0, got {self.loss.clip_low}")
         if self.loss.overlong_buffer > 1:
             raise ValueError(f"loss.overlong_buffer must be at most 1, got {self.loss.overlong_buffer}")
         _check_training(self)
@@ -378,7 +400,7 @@ def _check_at_least_0(values: dict[str, float]) -> None:
 def _check_training(cfg) -> None:
     _check_data(cfg.data)
     at_least_0 = {"model.lora_rank": cfg.model.lora_rank, "data.refilter_every": cfg.data.refilter_every}
-    at_least_0 |= {"run.max_first_grad_norm": cfg.run.max_first_grad_norm}
+    at_least_0 |= {"run.max_first_grad_norm": cfg.run.max_first_grad_norm, "optim.warmup_steps": cfg.optim.warmup_steps}
     positive = {
         "model.lora_alpha": cfg.model.lora_alpha,
         "run.steps": cfg.run.steps,
@@ -401,14 +423,40 @@ def _check_training(cfg) -> None:
             "loss.overlong_buffer": cfg.loss.overlong_buffer,
             "group.warn_after": cfg.group.warn_after,
         }
-        names = ("std_eps", "clip_low", "clip_high", "beta", "overlong_penalty")
+        names = ("std_eps", "clip_low", "clip_high", "beta", "entropy", "overlong_penalty")
         at_least_0 |= {f"loss.{name}": getattr(cfg.loss, name) for name in names}
         at_least_0 |= {"group.tolerance": cfg.group.tolerance, "group.max_refills": cfg.group.max_refills}
     _check_positive(positive)
     _check_at_least_0(at_least_0)
+    if cfg.optim.warmup_steps > cfg.run.steps:
+        raise ValueError(
+            f"optim.warmup_steps must be at most run.steps={cfg.run.steps}, got {cfg.optim.warmup_steps}: optim.lr "
+            "would never be reached"
+        )
     if cfg.model.lora_rank and not cfg.model.freeze_vision:
         raise ValueError("model.lora_rank trains adapters only: model.freeze_vision must be true (see lora_merger)")
     if cfg.model.lora_rank and cfg.optim.muon_lr:
         raise ValueError("optim.muon_lr is for training from scratch, not for the adapters of model.lora_rank")
     if cfg.model.lora_merger and not cfg.model.lora_rank:
         raise ValueError("model.lora_merger=true needs model.lora_rank above 0")
+
+
+def cautions(cfg: GrpoConfig | SftConfig) -> list[str]:
+    """What a training can do and its user hardly means, one line each."""
+    found = []
+    if cfg.model.lora_rank and cfg.optim.lr < LEAST_LORA_LR:
+        found.append(
+            f"optim.lr={cfg.optim.lr:g} is a rate for full tuning: the adapters of model.lora_rank want about ten "
+            "times as much, see configs/lora.yaml"
+        )
+    if isinstance(cfg, GrpoConfig) and cfg.loss.updates_per_rollout == 1 and cfg.loss.old_logps == "policy":
+        default = LossConfig()
+        names = ("ratio", "clip", "clip_low", "clip_high")
+        changed = [f"loss.{name}={getattr(cfg.loss, name)}" for name in names]
+        changed = [text for text, name in zip(changed, names) if getattr(cfg.loss, name) != getattr(default, name)]
+        if changed:
+            found.append(
+                f"{', '.join(changed)} changes nothing at loss.updates_per_rollout=1, where every ratio is 1: set it "
+                "to 2 or more"
+            )
+    return found

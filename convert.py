@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import sources
-from records import BadRecord, reason_kind, to_sample
+from records import BadRecord, reason_kind, refuse_parquet, to_sample
 from sources import KINDS, NUMBER, Excluded, File
 
 ROUNDING_S = 0.001  # published times are rounded: a span may leave its video by this much
-NUM_LISTED = 5  # rows that the printed report names for each reason
 EXPORT = "python -c \"from datasets import load_dataset; load_dataset(REPO, split='test').to_json('test.jsonl')\""
+NUM_LISTED = 5  # rows that the printed report names for each reason
 Rows = Iterator[tuple[int, Any]]  # (row from 1, raw row)
 
 
@@ -41,8 +41,7 @@ Rows = Iterator[tuple[int, Any]]  # (row from 1, raw row)
 def read_text(path: Path) -> str:
     """A UTF-8 file, with or without a BOM, gzipped or not. Raises ValueError naming it."""
     content = path.read_bytes()
-    if content[:4] == b"PAR1":
-        raise ValueError(f"{path}: Parquet is not read; as JSON: {EXPORT}")
+    refuse_parquet(path, content)
     try:
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -24,7 +24,16 @@ import yaml
 import manifest as manifest_io
 from manifest import Manifest
 from readers import VideoError, read_duration
-from records import CHAT, BadRecord, Sample, from_temporal_r1, lacks_duration, to_sample, with_duration
+from records import (
+    CHAT,
+    BadRecord,
+    Sample,
+    from_temporal_r1,
+    lacks_duration,
+    refuse_parquet,
+    to_sample,
+    with_duration,
+)
 
 
 def read_samples(
@@ -67,8 +76,11 @@ def read_samples(
 def _sources(path: str, videos: str | None = None, need_videos: bool = True) -> list[tuple[Path, Path, str, str]]:
     """Of every data set of `path`: file of records, folder of videos, sampling strategy, and a name for messages."""
     source = Path(path)
+    if source.is_dir():
+        raise FileNotFoundError(f"data file {path} is a folder; give the .yaml, .jsonl or .json that lists its videos")
     if not source.is_file():
-        raise FileNotFoundError(f"data file {path} not found; `python tiny.py` writes the embedded default")
+        hint = "`python tiny.py` writes the embedded default" if path.startswith("tiny_world/") else "give another path"
+        raise FileNotFoundError(f"data file {path} not found; {hint}")
     if source.suffix not in (".yaml", ".yml"):
         beside = source.parent / "videos"
         folder = Path(videos) if videos else beside if beside.is_dir() else source.parent
@@ -86,6 +98,8 @@ def _sources(path: str, videos: str | None = None, need_videos: bool = True) -> 
 def _data_sets(path: Path) -> list[dict]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     entries = content.get("datasets") if isinstance(content, dict) else None
@@ -197,6 +211,7 @@ def _rows(path: Path) -> Iterator[tuple[int, "dict | BadRecord"]]:
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} not found")
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    refuse_parquet(path, content)
     if path.suffix == ".json":
         try:
             records = json.loads(content)
@@ -338,6 +353,8 @@ def mark_repeated(records: Sequence[tuple[str, Sample | BadRecord]]) -> list[tup
 
 def check(args: argparse.Namespace) -> int:
     """Read every record and open every video; prints what is wrong, writes the manifest, returns the exit code."""
+    if args.workers < 0 or args.timeout <= 0:
+        raise ValueError(f"--workers must be at least 0, got {args.workers}, and --timeout above 0, got {args.timeout}")
     if args.videos and not Path(args.videos).is_dir():
         raise FileNotFoundError(f"--videos {args.videos}: no such folder")
     if args.manifest and not Path(args.manifest).absolute().parent.is_dir():

@@ -60,6 +60,25 @@ def check_engine(cfg) -> None:
         raise ValueError("optim.muon_lr needs whole matrices, and DeepSpeed cuts them up: train on one process or DDP")
 
 
+def check_devices() -> None:
+    """Raises ValueError where a launch file for GPUs starts more processes on this machine than it has GPUs.
+
+    accelerate lets them all train on the CPU where there is no GPU at all. A file for CPUs hides the GPUs by its
+    gpu_ids, as those of configs/accelerate/ do. Only the machine's first process says it, and the others just end: a
+    launcher stops all at the first one that fails.
+    """
+    hidden = set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(" ", "").split(",")) <= {"", "-1"}
+    hidden = hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    num, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if "LOCAL_RANK" not in os.environ or hidden or num <= gpus:
+        return
+    if int(os.environ["LOCAL_RANK"]):
+        raise SystemExit(0)
+    cpu = "configs/accelerate/cpu2.yaml and its like, or CUDA_VISIBLE_DEVICES= before the command, train on the CPU"
+    todo = f"--num_processes {gpus} after the file of `accelerate launch` starts as many" if gpus else cpu
+    raise ValueError(f"{num} processes are launched for GPUs and {gpus or 'no'} GPUs are found on this machine: {todo}")
+
+
 def check_batch(size: int, world_size: int) -> None:
     """Raises ValueError when a batch of `size` videos does not divide by the number of processes."""
     if size % world_size:
@@ -74,6 +93,7 @@ class Engine:
     """
 
     def __init__(self, dir: str | Path, tracker: str, timeout_s: float):
+        check_devices()
         on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
         if on_cpu and use_deepspeed():
             _keep_deepspeed_on_gloo()

@@ -358,9 +358,9 @@ def _score_command(args: argparse.Namespace) -> None:
         spec |= {"num_samples": len(rows), "data_hash": truth_hash(rows)}
         write_text(out, as_json({"spec": spec} | metrics))
     except OSError as error:
-        raise SystemExit(f"{error.filename}: {error.strerror}" if error.filename else f"error: {error}") from error
+        raise SystemExit(f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}") from None
     except ValueError as error:
-        raise SystemExit(f"{predictions}: {error}") from error
+        raise SystemExit(f"error: {predictions}: {error}") from None
     print_metrics(metrics)
 
 

@@ -34,7 +34,11 @@ class Manifest:
         self.dropped, self.unknown, self.num_changed = Counter(), [], 0
         if not Path(path).is_file():
             raise FileNotFoundError(f"data.manifest {path} not found; `python data.py check` writes it")
-        for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8: {error}") from None
+        for number, text in enumerate(lines, 1):
             try:
                 content = json.loads(text)
                 keys = ("row", "id", "path", "ok", "reason", "size", "mtime", *FILE_FIELDS)

@@ -26,6 +26,7 @@ from dryrun import Phase, Speed
 from engine import check_batch
 from lengths import Length, RoughTokenizer, measure
 from policy import FAMILIES
+from pretrained import check_found
 from prompts import PromptBuilder
 from records import Sample
 from video import Geometry
@@ -88,7 +89,10 @@ def read_model(path: str) -> tuple:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as missing:
         try:
-            config = AutoConfig.from_pretrained(kept if kept.is_dir() and not Path(path).is_dir() else path)
+            is_kept = kept.is_dir() and not Path(path).is_dir()
+            if not is_kept:
+                check_found(path)
+            config = AutoConfig.from_pretrained(kept if is_kept else path)
         except (OSError, ValueError):
             reason = " ".join(str(missing).split())[:200]
             raise ValueError(

@@ -9,6 +9,9 @@ folder, which `model.path` takes as well. The full model, for other programs:
 import hashlib
 import json
 import shutil
+import ssl
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from arguments import of_merge, user_errors
@@ -17,8 +20,9 @@ if __name__ == "__main__":  # here, so that a misspelt option is told before tor
     of_merge(None, __doc__)
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from checkpoint import identity
@@ -41,12 +45,13 @@ def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
     try:
         full, *adapters = _layers(cfg.path)
         where += f", an adapter of {full}" if adapters else ""
+        check_found(full)
         config = AutoConfig.from_pretrained(full)
         if config.model_type not in FAMILIES:
             raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
         if set(getattr(config.text_config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
             raise ValueError("a sliding window (use_sliding_window) is not supported")
-        tokenizer = AutoTokenizer.from_pretrained(full)
+        tokenizer = _load_tokenizer(full)
         _side_files(full)  # now: saving them is late to find that the hub cannot be reached
         model, info = AutoModelForImageTextToText.from_pretrained(
             full, dtype=getattr(torch, cfg.dtype), attn_implementation="shared_prefix", output_loading_info=True
@@ -55,9 +60,11 @@ def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
             raise ValueError(f"no weights for {sorted(info['missing_keys'])[:3]} or of another shape")
         for folder in adapters:
             model = _merged(model, folder)
+    except SafetensorError as error:  # which names no file
+        damaged = ", ".join(_unreadable_weights(_layers(cfg.path))) or "a file of weights"
+        raise ValueError(f"{where}: {damaged} is damaged or incomplete ({error}); copy or download it again") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        hint = "; `python tiny.py` writes the embedded default" if not Path(full).exists() else ""
-        raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}{hint}") from None
+        raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}") from None
     model.set_attn_implementation({"vision_config": "flash_windows"})
     if cfg.freeze_vision:
         model.model.visual.requires_grad_(False)
@@ -68,12 +75,78 @@ def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
     return Policy(model, tokenizer, temperature, adapter)
 
 
+def check_found(path: str) -> None:
+    """Raises FileNotFoundError where a model folder is not here, and nothing of its hub id can be had.
+
+    At once: the hub's own client tries for half a minute. What looks like a path here is not asked for there.
+    """
+    if (path and Path(path).is_dir()) or (_is_hub_id(path) and try_to_load_from_cache(path, "config.json")):
+        return
+    if path == ModelConfig.path:
+        raise FileNotFoundError("no such folder; `python tiny.py` writes this embedded default")
+    if not _is_hub_id(path):
+        raise FileNotFoundError("no such folder; give one that has a config.json, or a hub id like Qwen/NAME")
+    if reason := _unreachable(constants.ENDPOINT):
+        raise FileNotFoundError(
+            f"no such folder, and the hub cannot be reached ({constants.ENDPOINT}: {reason}); give a folder, or run "
+            f"`hf download {path}` where there is a network"
+        )
+
+
+def _is_hub_id(path: str) -> bool:
+    """Whether a name is of the form owner/name, and no folder `owner` is here.
+
+    >>> [_is_hub_id(path) for path in ("Qwen/Qwen2.5-VL-3B", "runs/x/final", "./model", "tests/model", "model")]
+    [True, False, False, False, False]
+    """
+    return path.count("/") == 1 and path[0] not in "./~" and not Path(path).parent.is_dir()
+
+
+def _unreachable(url: str) -> str:
+    """Why nobody answers at `url`; "" where somebody does, be it that he refuses."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10):
+            return ""
+    except urllib.error.HTTPError:
+        return ""
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        return "" if isinstance(reason, ssl.SSLError) else str(reason)  # the hub's client may know the certificate
+
+
+def _load_tokenizer(full: str):
+    """The tokenizer of a folder. transformers makes up an empty one where there is none."""
+    tokenizer = AutoTokenizer.from_pretrained(full)
+    if "<|video_pad|>" not in tokenizer.get_vocab():
+        raise ValueError("no tokenizer of a Qwen-VL model; copy tokenizer.json and tokenizer_config.json of its base")
+    if not tokenizer.chat_template:
+        raise ValueError("no chat template; copy chat_template.jinja or tokenizer_config.json of its base")
+    return tokenizer
+
+
+def _unreadable_weights(folders: list[str]) -> list[str]:
+    """The files of weights that safetensors cannot open, in folders of this machine."""
+    found = []
+    for file in [file for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            found.append(str(file))
+    return found
+
+
 def _layers(path: str) -> list[str]:
     """A model folder as [full model, adapter, ...]: an adapter's base may be an adapter folder too."""
     file = Path(path, "adapter_config.json")
     if not file.is_file():
         return [path]
-    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    try:
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not the settings of an adapter: {error}") from None
     if not base:
         raise ValueError(f"{file} has no base_model_name_or_path")
     return [*_layers(base), path]
@@ -152,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(_layers(args.adapter)) == 1:
             raise ValueError(f"{args.adapter} is no adapter folder: it has no adapter_config.json")
         if Path(args.out).exists():
-            raise ValueError(f"{args.out} exists")
+            raise ValueError(f"{args.out} exists; give another folder")
         save_model(load_policy(ModelConfig(path=args.adapter)), args.out, args.adapter)
 
 

@@ -62,6 +62,13 @@ def reason_kind(reason: str) -> str:
     return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", reason))
 
 
+def refuse_parquet(path: Path, content: bytes) -> None:
+    """Raises ValueError, with a command that writes JSON lines, where a file of records is Parquet."""
+    if content[:4] == b"PAR1":
+        load = f"load_dataset('parquet', data_files='{path}', split='train').to_json('{path.with_suffix('.jsonl')}')"
+        raise ValueError(f'{path}: Parquet is not read; as JSON: python -c "from datasets import load_dataset; {load}"')
+
+
 def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     """Check one record; returns the sample, its segments clamped to the video, and whether any had to be clamped.
 

@@ -11,8 +11,10 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -25,6 +27,7 @@ COLUMNS = (
     "response",
 )  # fmt: skip
 _TAKEN = {"format", "answer", "iou", "total", "overlong"}  # names of metrics `reward/<part>` that are not for functions
+TRACEBACK = "reward_error.txt"  # file of the run folder
 _ASYNC = asyncio.Runner()  # one event loop for all steps: a client that a function keeps stays usable
 
 
@@ -37,8 +40,25 @@ class RewardFunction:
     weight: float
 
 
+CONVERSATIONAL = "; a function that reads message lists (completion[0]['content']) needs rewards.conversational=true"
+
+
 class RewardFunctionError(ValueError):
     """A reward function that raised, or returned what is no reward: names the function, the step and the sample."""
+
+
+@contextmanager
+def failures_in(folder: Path) -> Iterator[None]:
+    """A function that fails within the block ends the program with one line; its traceback is in a file of `folder`."""
+    try:
+        yield
+    except RewardFunctionError as error:
+        where = ""
+        if error.__cause__ is not None:
+            text = "".join(traceback.format_exception(error.__cause__))
+            (folder / TRACEBACK).write_text(text, encoding="utf-8")
+            where = f"; the traceback is in {folder / TRACEBACK}"
+        raise SystemExit(f"error: {error}{where}") from None
 
 
 def load_functions(functions: dict[str, float]) -> list[RewardFunction]:
@@ -88,7 +108,8 @@ def score_all(
     """
     rewards = [score(text, sample, cfg) for text, sample in zip(texts, samples, strict=True)]
     for function in functions if rewards else ():
-        values = _values(function, _keywords(texts, samples, cfg, completion_ids, step), samples, step)
+        keywords = _keywords(texts, samples, cfg, completion_ids, step)
+        values = _values(function, keywords, samples, step, cfg.rewards.conversational)
         for i, value in enumerate(values):
             if value is not None:
                 total = rewards[i].total + function.weight * value
@@ -110,7 +131,9 @@ def _keywords(texts: Sequence[str], samples: Sequence[Any], cfg: Any, completion
     return extra | {name: [getattr(sample, name) for sample in samples] for name in COLUMNS} | named
 
 
-def _values(function: RewardFunction, keywords: dict, samples: Sequence[Any], step: int) -> list[float | None]:
+def _values(
+    function: RewardFunction, keywords: dict, samples: Sequence[Any], step: int, conversational: bool
+) -> list[float | None]:
     """What the function returns for B samples, checked; raises RewardFunctionError."""
     where, ids = f"reward function {function.name}, step {step + 1}", [sample.id for sample in samples]
     batch = f"the batch of {len(ids)} completions that begins with sample {ids[0]!r}"
@@ -119,7 +142,8 @@ def _values(function: RewardFunction, keywords: dict, samples: Sequence[Any], st
         if inspect.iscoroutine(values):
             values = _ASYNC.run(values)
     except Exception as error:  # whatever the user's function raises
-        raise RewardFunctionError(f"{where}: {_one_line(error)}, on {batch}") from error
+        hint = "" if conversational or not _reads_messages(error) else CONVERSATIONAL
+        raise RewardFunctionError(f"{where}: {_one_line(error)}, on {batch}{hint}") from error
     is_vector = isinstance(values, Sequence) or getattr(values, "ndim", None) == 1  # 1-d: an array or a tensor
     if isinstance(values, str | bytes) or not is_vector:
         raise RewardFunctionError(f"{where}: returned {type(values).__name__}, not a list, for {batch}")
@@ -138,6 +162,11 @@ def _value(value: Any, where: str) -> float | None:
     if not math.isfinite(number):
         raise RewardFunctionError(f"{where}: returned {str(value)[:40]!r}, not a finite number")
     return number
+
+
+def _reads_messages(error: Exception) -> bool:
+    """Whether a function fails as one does that takes a string for the list of messages which TRL hands over."""
+    return "string indices must be" in str(error) or "'str' object has no attribute" in str(error)
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -38,6 +38,7 @@ from settings import flat
 from signals import StopRequest, command, handled, is_launched
 
 UNUSED = {"config.yaml", "env.json", "config.yaml.tmp", "env.json.tmp", "logs", "lock", "report.html"}  # without a step
+UNUSED |= {"reward_error.txt"}  # a function that failed in the first step is mended, and the command given again
 ROWS = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")  # cut back to the checkpoint by a resume
 MAY_CHANGE = {"data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one resume to the next
 MAY_CHANGE |= {"run.steps", "run.save_every", "run.keep_checkpoints", "run.print_every"}
@@ -75,6 +76,11 @@ class Run:
     @property
     def is_main(self) -> bool:
         return self.engine.is_main
+
+    def caution(self, texts: Sequence[str]) -> None:
+        """Warn of what the configuration asks for, once for all processes."""
+        for text in texts if self.is_main else ():
+            warn(text)
 
     def _lock(self) -> None:
         """Hold the folder while this process lives: two runs in one would mix their rows."""

@@ -47,7 +47,7 @@ from policy import Policy
 from pretrained import load_policy, weights_hash
 from prompts import Prompt, PromptBuilder, make_builder
 from records import Sample, to_record
-from reward_functions import RewardFunction, load_functions, score_all
+from reward_functions import RewardFunction, failures_in, load_functions, score_all
 from rewards import parses, task_reward
 from rollout import generate
 from run import UNUSED, Run, config_differences
@@ -160,7 +160,7 @@ def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> Non
         builder = make_builder(cfg, policy.tokenizer, policy.device)
     done: list[dict] = []
     shares: Counter[str] = Counter()
-    with make_workers(builder, cfg.data) as workers, run.engine.phase("scores"):
+    with make_workers(builder, cfg.data) as workers, run.engine.phase("scores"), failures_in(run.dir):
         with user_errors():
             check_model(policy, None, samples, builder, workers, cfg, run)
         batches = [scores.batches[number] for number in scores.mine]

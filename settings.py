@@ -79,6 +79,8 @@ def _read_yaml(config_class: type, path: str):
         raise ValueError(f"config file {path} not found")
     try:
         layer = OmegaConf.load(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(layer):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 3  # raise it when the written files change: an older world is then rebuilt
+VERSION = 4  # raise it when the written files change: an older world is then rebuilt
 WORKERS, PARALLEL_FROM = 2, 100  # processes that encode clips, where there are at least so many
 SPLITS = ("base", "train", "validation", "test", "ood")  # the index is part of every seed: only append
 NUM_CLIPS = {"full": (1000, 600, 100, 240, 240), "small": (8, 8, 4, 8, 4)}  # of each split
@@ -291,10 +291,28 @@ def build_model(ids: dict[str, int], seed: int, family: str):
         return AutoModelForImageTextToText.from_config(config)
 
 
+def released(config: dict) -> dict:
+    """The content of a config.json as the checkpoints on the hub have it: transformers 4 reads no other form.
+
+    There the language model's keys stand beside the others, and rope_theta and rope_scaling are two of them. Version 5
+    writes a section text_config with rope_parameters, and reads both.
+    """
+    vision = {key: value for key, value in config["vision_config"].items() if key not in ("rope_parameters", "dtype")}
+    text = dict(config["text_config"])
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    for key in ("model_type", "dtype", "layer_types", "tie_word_embeddings"):
+        text.pop(key, None)
+    whole = {key: value for key, value in config.items() if key not in ("text_config", "dtype", "transformers_version")}
+    whole |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling, "torch_dtype": "float32"}
+    return text | whole | {"vision_config": vision, "transformers_version": "4.41.2"}
+
+
 def write_model(folder: Path, seed: int, family: str) -> None:
     """Write a Hugging Face folder: tokenizer, weights, generation defaults and preprocessor sizes."""
     ids = write_tokenizer(folder)
     build_model(ids, seed, family).save_pretrained(folder)
+    write_json(folder / "config.json", released(json.loads((folder / "config.json").read_text())))
     end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
     generation = {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad], "do_sample": True}
     generation |= {"repetition_penalty": 1.05, "temperature": 1e-6, "top_k": 50}  # as Qwen ships it

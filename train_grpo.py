@@ -36,7 +36,7 @@ from policy import Policy, pack, packed_logps
 from pretrained import load_policy, save_model
 from progress import Alarm, batch_rows, frac_nearly_equal, print_step, sample_rows, step_metrics
 from prompts import make_builder
-from reward_functions import load_functions
+from reward_functions import failures_in, load_functions
 from rollout import Rollout, generate
 from run import Run
 from selfcheck import check_model, check_ranks
@@ -210,6 +210,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
         check_engine(cfg)
         run = Run(cfg.run, config.to_yaml(cfg), resume)
         check_batch(cfg.data.batch_size, run.engine.world_size)
+        run.caution(config.cautions(cfg))
         functions = load_functions(cfg.rewards.functions)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)
@@ -222,7 +223,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
     reference = load_reference(raw, cfg, run)
     alarm = Alarm(cfg.group.warn_after, run.state.get("alarm"))
-    with workers, run.stoppable():
+    with workers, run.stoppable(), failures_in(run.dir):
         with user_errors():
             start = None if run.start_step else reference  # what the policy must equal
             check_model(policy, start, loader.peek(run.start_step), builder, workers, cfg, run)

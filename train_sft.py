@@ -78,6 +78,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
     with user_errors():
         check_engine(cfg)
         run = Run(cfg.run, config.to_yaml(cfg), resume)
+        run.caution(config.cautions(cfg))
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest, chat=True)
         for sample in samples:
             target_text(sample, cfg.prompt.think)

@@ -100,7 +100,10 @@ def read_geometry(model_path: str | os.PathLike) -> Geometry:
         except OSError as error:
             missing = error
             continue
-        values = json.loads(Path(file).read_text())
+        try:
+            values = json.loads(Path(file).read_text())
+        except ValueError as error:
+            raise ValueError(f"{file}: not valid JSON: {error}") from None
         try:
             sizes = [int(values[key]) for key in ("patch_size", "merge_size", "temporal_patch_size")]
             return Geometry(*sizes, tuple(values["image_mean"]), tuple(values["image_std"]))

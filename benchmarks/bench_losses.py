@@ -21,7 +21,7 @@ from jobs import Job, report, run_all
 
 VARIANTS = {  # recipe files and overrides after configs/tiny.yaml
     "GRPO (tiny.yaml)": [],
-    "DAPO": ["configs/dapo.yaml"],
+    "DAPO (mu = 2)": ["configs/dapo.yaml"],
     "Dr. GRPO": ["configs/dr_grpo.yaml"],
     "RLOO": ["configs/rloo.yaml"],
     "GSPO (mu = 2)": ["configs/gspo.yaml"],

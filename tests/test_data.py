@@ -353,8 +353,10 @@ def test_paths_count_from_the_folder_of_the_list(folder, monkeypatch):
 
 
 def test_what_is_not_there_is_named(folder):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl not found; `python tiny.py` writes"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl not found; give another path"):
         read_samples(str(folder / "nowhere.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"not found; `python tiny.py` writes the embedded default"):
+        read_samples("tiny_world/nowhere.jsonl")
     with pytest.raises(FileNotFoundError, match=r"data file .*nowhere\.jsonl not found"):
         read_samples(write_sets(folder, "json_path: nowhere.jsonl, data_folder: ."))
     write(folder / "a.jsonl", TVG, MCQA | {"video": "w.mp4"}, GQA | {"video": "w.mp4"})

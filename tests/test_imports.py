@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "compare": {"metrics", "data", "settings"},
     "convert": {"records", "sources"},
     "sources": {"records"},
-    "plan": {"config", "costs", "data", "dryrun", "engine", "lengths", "policy", "prompts", "records", "video"},
+    "plan": {"config", "costs", "data", "dryrun", "engine", "lengths", "policy", "pretrained", "prompts"}
+    | {"records", "video"},
     "costs": {"config", "dryrun", "engine", "lengths", "optim", "policy", "prompts", "video"},
     "dryrun": {"attention", "config", "policy", "pretrained", "prompts", "rollout"},
     "lengths": {"manifest", "prompts", "readers", "records", "video"},

@@ -266,7 +266,7 @@ def test_merging_names_what_is_wrong(world, tmp_path):
     save_model(strong_policy(world), adapter, base)
     text = error_of(pretrained.main, ["merge", base, out])
     assert text == f"error: {base} is no adapter folder: it has no adapter_config.json"
-    assert error_of(pretrained.main, ["merge", adapter, base]) == f"error: {base} exists"
+    assert error_of(pretrained.main, ["merge", adapter, base]) == f"error: {base} exists; give another folder"
     change_settings(adapter, base_model_name_or_path=f"{tmp_path}/gone")
     text = error_of(pretrained.main, ["merge", adapter, out])
     assert text.startswith(f"error: model.path {adapter}, an adapter of {tmp_path}/gone: ")

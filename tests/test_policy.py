@@ -314,7 +314,7 @@ def test_saved_folder_loads_and_carries_every_file(world, tmp_path):
 
 
 def test_loading_names_what_is_wrong(world, tmp_path):
-    with pytest.raises(ValueError, match=r"model.path .*nowhere.*python tiny.py"):
+    with pytest.raises(ValueError, match=r"model.path .*nowhere: no such folder; give one that has a config.json"):
         load_policy(config.ModelConfig(path=str(tmp_path / "nowhere")))
     empty = tmp_path / "empty"
     empty.mkdir()

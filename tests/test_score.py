@@ -84,7 +84,7 @@ def test_bad_rows_are_named_in_one_line(tmp_path, bad, named):
     with pytest.raises(SystemExit) as stop:
         evaluation.main(["score", str(path), "--out", str(tmp_path / "metrics.json")])
     message = str(stop.value)
-    assert message.startswith(f"{path}: row ")
+    assert message.startswith(f"error: {path}: row ")
     assert named in message
     assert "\n" not in message
     assert not (tmp_path / "metrics.json").exists()
@@ -94,10 +94,10 @@ def test_bad_files_and_modes_are_named(tmp_path):
     missing, empty = tmp_path / "missing.jsonl", tmp_path / "empty.jsonl"
     empty.touch()
     for path, reason in ((missing, "No such file"), (empty, "no rows"), (tmp_path, "Is a directory")):
-        with pytest.raises(SystemExit, match=f"^{path}: {reason}"):
+        with pytest.raises(SystemExit, match=f"^error: {path}: {reason}"):
             evaluation.main(["score", str(path), "--out", str(tmp_path / "metrics.json")])
     good, out = write_rows(tmp_path / "good.jsonl", [tvg([[4, 8]])]), tmp_path / "missing" / "metrics.json"
-    with pytest.raises(SystemExit, match=f"^{out}.*: No such file"):
+    with pytest.raises(SystemExit, match=f"^error: {out}.*: No such file"):
         evaluation.main(["score", str(good), "--out", str(out)])
     with pytest.raises(ValueError, match="tagged_or_text"):
         metrics.score_predictions([], answer="text")

@@ -187,7 +187,8 @@ def test_every_recipe_runs_on_the_tiny_world(world, taught, tmp_path, recipe):
     assert len(rows) == 2 and any(row["grad_norm"] > 0 for row in rows)
     assert max(row["logp_gap/max"] for row in rows) < 1e-4
     assert (rows[1]["kl"] > 0) == (recipe in ("temporal_r1", "lora"))
-    assert (rows[0]["clip_frac"] > 0) == (recipe == "gspo")  # the one with two updates
+    assert rows[0]["clip_frac"] == 0 or recipe in ("gspo", "dapo")  # those with two updates
+    assert rows[0]["clip_frac"] > 0 or recipe != "gspo"
     assert ("reward/overlong" in rows[0]) == (recipe == "dapo")
 
 
