@@ -125,7 +125,7 @@ def test_validation_keeps_the_best_model(grpo_run):
     assert sorted(scores) == [10, 20, 30]
     assert all(row["validation/tvg/miou"] == row["validation/score"] for row in rows if row["step"] in scores)
     saved = json.loads((grpo_run / "checkpoints" / "step_000030" / "run.json").read_text())
-    state = {"best": max(scores.values()), "num_asked": 240, "num_bad": 0, "alarm": [0, 0], "skipped_in_a_row": 0}
+    state = {"best": max(scores.values()), "num_asked": 240, "num_bad": 0, "alarm": [0, 0, 0], "skipped_in_a_row": 0}
     assert saved == {"step": 30, "state": state, "num_processes": 1, "sharding": "none"}
     AutoModelForImageTextToText.from_pretrained(grpo_run / "best")
     best, final = load_file(grpo_run / "best" / "model.safetensors"), weights_of(grpo_run)
