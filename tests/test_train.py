@@ -125,7 +125,7 @@ def test_validation_keeps_the_best_model(grpo_run):
     assert sorted(scores) == [10, 20, 30]
     assert all(row["validation/tvg/miou"] == row["validation/score"] for row in rows if row["step"] in scores)
     saved = json.loads((grpo_run / "checkpoints" / "step_000030" / "run.json").read_text())
-    state = {"best": max(scores.values()), "num_asked": 240, "num_bad": 0, "alarm": [0, 0], "skipped_in_a_row": 0}
+    state = {"best": max(scores.values()), "num_asked": 240, "num_bad": 0, "alarm": [0, 0, 0], "skipped_in_a_row": 0}
     assert saved == {"step": 30, "state": state, "num_processes": 1, "sharding": "none"}
     AutoModelForImageTextToText.from_pretrained(grpo_run / "best")
     best, final = load_file(grpo_run / "best" / "model.safetensors"), weights_of(grpo_run)
@@ -340,8 +340,8 @@ def test_steps_on_real_clips(world, tmp_path):
         (["optim.lrr=1e-3"], ["optim.lrr", "did you mean optim.lr?"]),
         (["run.steps=many"], ["run.steps=many", "must be int"]),
         (["data.batch_size=0"], ["data.batch_size must be above 0"]),
-        (["model.path=./nowhere"], ["model.path ./nowhere", "python tiny.py"]),
-        (["data.train=nowhere.jsonl"], ["data file nowhere.jsonl not found", "python tiny.py"]),
+        (["model.path=./nowhere"], ["model.path ./nowhere", "no such folder; give one"]),
+        (["data.train=nowhere.jsonl"], ["data file nowhere.jsonl not found", "give another path"]),
         (["data.validation=nowhere.jsonl"], ["data file nowhere.jsonl not found"]),
         (["--config", "nowhere.yaml"], ["config file nowhere.yaml not found"]),
         (["--resume"], ["--resume", "config.yaml not found"]),
