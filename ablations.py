@@ -59,7 +59,7 @@ COLUMNS = {  # test, task, metric, name
 LAST = 20  # steps at the end that the reward and the length of a training are means of
 QUICK = {  # overrides of --quick; of the other arms run.steps=2
     "base": ["run.steps=60"],
-    "both": ["run.steps=20"],
+    "both": ["run.steps=20", "optim.warmup_steps=10"],
     "select": ["select.rule=top_variance", "select.budget=6"],
     "select_random": [],
 }
