@@ -5,11 +5,13 @@ For evaluation (`eval.answer`); the reward takes answer blocks alone (rewards.py
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from string import ascii_uppercase
 
 from rewards import MAX_ANSWER_CHARS, TO, Segment, bare, choice_from, final_text, parse_answer, segments_from
 
 ANSWER_MODES = ("tagged", "tagged_or_text")
+MOST_LEADS = 20  # a text that says "the answer is" more often goes round in circles
 _FLAGS = re.ASCII | re.IGNORECASE
 _LEAD = re.compile(  # of an answer in plain words
     r"\b(?:answer|option|choice)(?: is| would be| to the question is)?(?: option)?\s*:?\s*(?=\S)", _FLAGS
@@ -19,7 +21,7 @@ _YES_NO = re.compile(r"(?:^|[.!?\n]\s{0,3})(yes|no)\b(?=\s?(?:[.,;:!\n–—-]|$
 _NOUN = r"\b(?i:option|choice|caption|sentence|description|statement)\s+"
 _LABEL = re.compile(rf"{_NOUN}\(?(?:([A-Z]|[a-z](?=[.:)\n]|$))|([1-9]\d?))\b", re.ASCII)
 # A label is an answer where the words before it choose it or those after it praise it. Mentioning it is not enough.
-_CHOSEN = re.compile(r"(?:^|\b(?:is|be|choose|select|pick|answer))\W{0,5}(?:the )?$", _FLAGS | re.MULTILINE)
+_CHOSEN = re.compile(r"(?:^|\b(?:is|be|choose|select|pick|answer))\W{0,5}(?:the )?\Z", _FLAGS | re.MULTILINE)
 _PRAISED = re.compile(
     r"\)?\s(?:\w+ )?(?:the |a )?(?:right|correct|better|best|(?:more|most) (?:accurate|suitable|appropriate))", _FLAGS
 )
@@ -94,7 +96,7 @@ def choice_in(text: str, options: Sequence[str] | None) -> str | None:
     >>> [choice_in(text, ["a dog", "a cat"]) for text in ("Option 2: a cat", "Caption B is right", "Option 1 or 2")]
     ['B', 'B', None]
     """
-    ends = [lead.end() for lead in _LEAD.finditer(text)]
+    ends = [lead.end() for lead in islice(_LEAD.finditer(text), MOST_LEADS)]
     found = {_named(text[end : end + MAX_ANSWER_CHARS], options) for end in ends or [0]}
     found |= _labelled(text, options) | _yes_or_no(text, options)
     found.discard(None)

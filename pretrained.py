@@ -84,9 +84,10 @@ def check_found(path: str) -> None:
         return
     if path == ModelConfig.path:
         raise FileNotFoundError("no such folder; `python tiny.py` writes this embedded default")
-    if not _is_hub_id(path):
+    reason = _unreachable(constants.ENDPOINT) if _is_hub_id(path) else "it is a path"
+    if reason and (not _is_hub_id(path) or Path(path).parent.is_dir()):
         raise FileNotFoundError("no such folder; give one that has a config.json, or a hub id like Qwen/NAME")
-    if reason := _unreachable(constants.ENDPOINT):
+    if reason:
         raise FileNotFoundError(
             f"no such folder, and the hub cannot be reached ({constants.ENDPOINT}: {reason}); give a folder, or run "
             f"`hf download {path}` where there is a network"
@@ -94,18 +95,20 @@ def check_found(path: str) -> None:
 
 
 def _is_hub_id(path: str) -> bool:
-    """Whether a name is of the form owner/name, and no folder `owner` is here.
+    """Whether a name is of the form owner/name.
 
-    >>> [_is_hub_id(path) for path in ("Qwen/Qwen2.5-VL-3B", "runs/x/final", "./model", "tests/model", "model")]
-    [True, False, False, False, False]
+    >>> [_is_hub_id(path) for path in ("Qwen/Qwen2.5-VL-3B", "runs/x/final", "./model", "model")]
+    [True, False, False, False]
     """
-    return path.count("/") == 1 and path[0] not in "./~" and not Path(path).parent.is_dir()
+    return path.count("/") == 1 and path[0] not in "./~"
 
 
 def _unreachable(url: str) -> str:
     """Why nobody answers at `url`; "" where somebody does, be it that he refuses."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
+    if urllib.request.getproxies():  # the hub's client knows kinds of them that urllib does not
+        return ""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10):
             return ""

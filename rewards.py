@@ -323,7 +323,7 @@ def _clean(answer: str) -> str:
     text = " ".join(answer.split()) if len(answer) <= MAX_ANSWER_CHARS else ""
     if len(text) >= 6 and text.startswith("```") and text.endswith("```"):
         text = text[3:-3].removeprefix("json").strip()
-    return text.removesuffix(".")
+    return text.removesuffix(".").rstrip()
 
 
 def _load_json(text: str) -> Any:

@@ -53,7 +53,9 @@ def interruptible(flag: str = "--resume") -> Iterator[None]:
 
 
 def die_of(number: int) -> None:
-    """End this process as the signal does where nobody handles it."""
+    """End this process as the signal does where nobody handles it; in a notebook only the cell."""
+    if hasattr(sys, "ps1"):  # interactive: what is in memory outlives the run
+        raise KeyboardInterrupt
     sys.stdout.flush()
     sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)

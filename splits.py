@@ -50,10 +50,13 @@ def counts_of(samples: Sequence[Sample]) -> str:
 
 
 def shared(train: Sequence[Sample], validation: Sequence[Sample]) -> tuple[int, int]:
-    """How many validation records are in the training set, by id or by content, and how many validation videos are."""
+    """How many validation records are in the training set, by their content, and how many validation videos are.
+
+    Ids say nothing: two files may both be numbered from 0.
+    """
     real = {video: os.path.realpath(video) for video in {sample.video for sample in (*train, *validation)}}
-    ids, contents = {sample.id for sample in train}, {_content(sample, real) for sample in train}
-    records = sum(sample.id in ids or _content(sample, real) in contents for sample in validation)
+    contents = {_content(sample, real) for sample in train}
+    records = sum(_content(sample, real) in contents for sample in validation)
     return records, len({real[sample.video] for sample in train} & {real[sample.video] for sample in validation})
 
 

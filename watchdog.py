@@ -70,15 +70,19 @@ class Watchdog:
         """Return once all processes have come here, however long the work of each has taken.
 
         A collective call behind it meets no limit of its own. One that has been silent for `limit_s` ends this process.
+        One that gives signs of life and does not come, maybe because its work hangs, is named every `limit_s`.
         """
         self.num_meetings += 1
-        since = time.monotonic()
+        since = told = time.monotonic()
         try:
             if self.others:
                 self._beat()
             while coming := [rank for rank in self.others if self._hear(rank)[0]["num_meetings"] < self.num_meetings]:
                 if max(self._hear(rank)[1] for rank in coming) > self.limit_s:
                     break
+                if time.monotonic() - told > self.limit_s:
+                    told = time.monotonic()
+                    print(f"rank {self.rank} waits: {'; '.join(self._late())}", file=sys.stderr, flush=True)
                 time.sleep(self.beat_s)
         except DistError:  # the store is gone
             coming = self.others

@@ -373,3 +373,17 @@ def test_an_options_number_is_no_part_of_a_span():
     assert rewards.segments_from("A. 12, 3 to 7", ["12", "15"]) == [(3, 7)]
     assert rewards.segments_from("A. 12,5 to 13", ["12", "15"]) == []
     assert rewards.segments_from("A. 123 to 7", ["12", "15"]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("In the video he walks.\n\nSo Caption A misses it.", None),
+        ("The question is:\ndoes Option A describe it? The man walks.", None),
+        ("Let me compare.\n\nIn Sentence A he runs.\nSentence B is right.", "B"),
+        ("Reason.\nOption B", "B"),
+    ],
+)
+def test_a_label_that_is_only_mentioned_is_no_answer(text, expected):
+    """A line end a few words before a label was once taken for the start of an answer."""
+    assert plain.parse_response(text, ["the man runs", "the man walks"], "tagged_or_text")[0] == expected

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPO
 
 import signals
-from signals import StopRequest, command, handled, interruptible
+from signals import StopRequest, command, die_of, handled, interruptible
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
@@ -139,3 +139,10 @@ def test_under_a_launcher_it_is_the_launchers(monkeypatch, capsys):
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     StopRequest(tell=True)(signal.SIGTERM)
     assert "the launcher waits 600 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)" in capsys.readouterr().err
+
+
+def test_in_a_notebook_a_signal_ends_the_cell_and_not_the_kernel(monkeypatch):
+    """What is in memory outlives the run; before, Ctrl-C in a cell that trained took the kernel with it."""
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        die_of(signal.SIGINT)
