@@ -25,8 +25,8 @@ from checkpoint import PatientSaver, sync, write_error
 from watchdog import Watchdog
 
 DDP = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-# Groups of processes that have ended. The destructor of such a group waits for gloo's thread and keeps Python's lock
-# meanwhile, and that thread may wait for the lock: so the group is not destroyed before the process is.
+# Groups of processes that have ended, kept until the process ends: a run hung now and then as its group was destroyed.
+# The likely cause is that the destructor keeps Python's lock while it waits for gloo's thread, which may wait for it.
 ENDED_GROUPS = []
 EXPECTED = {  # warnings of every good run, by logger: a model's head that is its embedding is saved once, as it should
     "accelerate.utils.other": r"Removed shared tensor \{'[\w.]*lm_head\.weight'\} while saving",
