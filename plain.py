@@ -14,7 +14,7 @@ ANSWER_MODES = ("tagged", "tagged_or_text")
 MOST_LEADS = 20  # a text that says "the answer is" more often goes round in circles
 _FLAGS = re.ASCII | re.IGNORECASE
 _LEAD = re.compile(  # of an answer in plain words
-    r"\b(?:answer|option|choice)(?: is| would be| to the question is)?(?: option)?\s*:?\s*(?=\S)", _FLAGS
+    r"\b(?:answer|option|choice)\b(?: is| would be| to the question is)?(?: option)?\s*:?\s*(?=\S)", _FLAGS
 )
 _HEAD = re.compile(r"\(?([A-Z])(?:\)|(?=[.:,\n])|(?=\s*$))[.:),]*\s*(.*)", re.ASCII | re.DOTALL)
 _YES_NO = re.compile(r"(?:^|[.!?\n]\s{0,3})(yes|no)\b(?=\s?(?:[.,;:!\n–—-]|$))(?!\W{1,3}(?:and|or)\b)", _FLAGS)
@@ -23,7 +23,9 @@ _LABEL = re.compile(rf"{_NOUN}\(?(?:([A-Z]|[a-z](?=[.:)\n]|$))|([1-9]\d?))\b", r
 # A label is an answer where the words before it choose it or those after it praise it. Mentioning it is not enough.
 _CHOSEN = re.compile(r"(?:^|\b(?:is|be|choose|select|pick|answer))\W{0,5}(?:the )?\Z", _FLAGS | re.MULTILINE)
 _PRAISED = re.compile(
-    r"\)?\s(?:\w+ )?(?:the |a )?(?:right|correct|better|best|(?:more|most) (?:accurate|suitable|appropriate))", _FLAGS
+    r"\)?\s(?:(?!as )\w+ )?(?:the |a )?"
+    r"(?:right|correct|better|best|(?:more|most) (?:accurate|suitable|appropriate))",
+    _FLAGS,
 )
 _REFUSED = re.compile(
     r"\)?\s(?:\w+n't|cannot|(?:is|was|does|do|did|has) (?:not|wrong|incorrect|false|inaccurate|less|worse))\b", _FLAGS
