@@ -13,13 +13,13 @@ BIN = .venv/bin
 .PHONY: demo ablations ablations-quick test test-slow lint clean
 
 demo: $(VENV)
-	$(BIN)/python demo.py --seed $(SEED) --dir $(DIR)
+	$(BIN)/python -m experiments.demo --seed $(SEED) --dir $(DIR)
 
 ablations: $(VENV)
-	$(BIN)/python ablations.py
+	$(BIN)/python -m experiments.ablations
 
 ablations-quick: $(VENV)
-	$(BIN)/python ablations.py --quick
+	$(BIN)/python -m experiments.ablations --quick
 
 test: lint
 	$(BIN)/python -m pytest -q
@@ -35,11 +35,11 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV): requirements.txt requirements-dev.txt constraints.txt
+$(VENV): requirements.txt requirements/dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null || { \
 	    echo "error: Python 3.11 or 3.12 is needed, $(PYTHON) is" \
 	        "$$($(PYTHON) --version 2>/dev/null || echo missing); name one, as in PYTHON=python3.12 make test" >&2; exit 1; }
-	@echo "installing requirements-dev.txt into .venv: minutes the first time"
+	@echo "installing requirements/dev.txt into .venv: minutes the first time"
 	@$(PYTHON) -m venv .venv
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -r requirements/dev.txt -c constraints.txt
 	@touch $@

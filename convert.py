@@ -1,6 +1,7 @@
 """Public annotations to our records: one command for every benchmark and training set, and a report of every row.
 
-Not a reader of single rows (sources.py), not a downloader, and it opens no video: `python data.py check` does, later.
+Not a reader of single rows (records/sources.py), not a downloader, and it opens no video: `python data.py check`
+does, later.
 
     python convert.py charades_sta --annotations charades_sta_test.txt --durations charades.json --out charades.jsonl
     python convert.py mvbench --annotations MVBench/json --out mvbench.jsonl
@@ -25,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sources
-from records import BadRecord, reason_kind, refuse_parquet, to_sample
-from sources import KINDS, NUMBER, Excluded, File
+from records import sources
+from records.record import BadRecord, reason_kind, refuse_parquet, to_sample
+from records.sources import KINDS, NUMBER, Excluded, File
 
 ROUNDING_S = 0.001  # published times are rounded: a span may leave its video by this much
 EXPORT = "python -c \"from datasets import load_dataset; load_dataset(REPO, split='test').to_json('test.jsonl')\""

@@ -7,256 +7,26 @@ Not a DataLoader: what a step trains on is `samples[i] for i in batch_indices(..
     python data.py check DIR                                                # every file below a folder, without records
 """
 
-import argparse
-import json
-import math
-import os
-import random
-import stat
+import sys
+
+if __name__ == "__main__":  # here: a check needs no torch, which takes seconds to import
+    from records.check import main
+
+    raise SystemExit(main(doc=__doc__))
+
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 
 import numpy as np
-import yaml
+from tqdm import tqdm
 
-import manifest as manifest_io
-from manifest import Manifest
-from readers import VideoError, read_duration
-from records import (
-    CHAT,
-    BadRecord,
-    Sample,
-    from_temporal_r1,
-    lacks_duration,
-    refuse_parquet,
-    to_sample,
-    with_duration,
-)
-
-
-def read_samples(
-    path: str,
-    out_of_clip: str = "clamp",
-    seed: int = 0,
-    manifest: str = "",
-    need_videos: bool = True,
-    chat: bool = False,
-) -> list[Sample]:
-    """Read a `.jsonl` of records, a Temporal-R1 `.json`, or a `.yaml` list of data sets (Temporal-R1's form).
-
-    Relative paths in a YAML count from its folder; videos of a bare file lie in `videos/` beside
-    it, where there is such a folder, else beside it.
-    `out_of_clip` says what becomes of a segment that ends after its video: clamp, drop or error; `manifest` names the
-    file of `python data.py check` whose bad records are dropped; counts are printed. Without `need_videos` it is not
-    looked whether the videos are there. Without `chat` a chat record, which nothing can be scored by, is an error.
-    Raises ValueError naming file, row and key for anything malformed, FileNotFoundError for what is not there.
-    """
-    known = Manifest(manifest) if manifest else None
-    samples = []
-    for file, folder, strategy, where in _sources(path, need_videos=need_videos):
-        samples += _subset(_read_file(file, folder, out_of_clip, known, need_videos), strategy, where, seed)
-    if known is not None:
-        known.report(path, len(samples))
-    if not samples:
-        raise ValueError(f"{path}: no samples")
-    seen: set[str] = set()
-    for sample in samples:
-        if sample.id in seen:
-            raise ValueError(f"{path}: two records with the id {sample.id!r}")
-        if sample.task == CHAT and not chat:
-            raise ValueError(
-                f"{path}: {sample.id!r} is a chat record: no answer can be scored by it (train_sft.py alone)"
-            )
-        seen.add(sample.id)
-    return samples
-
-
-def _sources(path: str, videos: str | None = None, need_videos: bool = True) -> list[tuple[Path, Path, str, str]]:
-    """Of every data set of `path`: file of records, folder of videos, sampling strategy, and a name for messages."""
-    source = Path(path)
-    if source.is_dir():
-        raise FileNotFoundError(f"data file {path} is a folder; give the .yaml, .jsonl or .json that lists its videos")
-    if not source.is_file():
-        hint = "`python tiny.py` writes the embedded default" if path.startswith("tiny_world/") else "give another path"
-        raise FileNotFoundError(f"data file {path} not found; {hint}")
-    if source.suffix not in (".yaml", ".yml"):
-        beside = source.parent / "videos"
-        folder = Path(videos) if videos else beside if beside.is_dir() else source.parent
-        return [(source, folder, "all", path)]
-    sources = []
-    for entry in _data_sets(source):
-        folder = Path(videos) if videos else source.parent / entry["data_folder"]
-        if need_videos and not folder.is_dir():
-            raise FileNotFoundError(f"{path}: video folder {folder} not found")
-        name, strategy = entry["json_path"], str(entry.get("sampling_strategy", "all"))
-        sources.append((source.parent / name, folder, strategy, f"{path}: {name}"))
-    return sources
-
-
-def _data_sets(path: Path) -> list[dict]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    entries = content.get("datasets") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: expected a list under the key datasets")
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}: datasets[{i}]: expected json_path and data_folder, got {entry!r}")
-        for key in ("json_path", "data_folder"):
-            if not isinstance(entry.get(key), str):
-                raise ValueError(f"{path}: datasets[{i}]: {key} is missing or not a text")
-        unknown = entry.keys() - {"json_path", "data_folder", "sampling_strategy"}
-        if unknown:
-            raise ValueError(f"{path}: datasets[{i}]: unknown key {min(map(str, unknown))}")
-    return entries
-
-
-def _subset(samples: list[Sample], strategy: str, where: str, seed: int) -> list[Sample]:
-    """Temporal-R1's `all`, `first:N`, `end:N`, `random:N`; N may be a percentage."""
-    kind, _, amount = strategy.partition(":")
-    if kind == "all" and not amount:
-        return samples
-    try:
-        num = math.ceil(len(samples) * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
-    except (ValueError, OverflowError):
-        num = -1
-    if kind not in ("first", "end", "random") or num < 0:
-        raise ValueError(f"{where}: sampling_strategy {strategy!r} is not all, first:N, end:N or random:N (N or N%)")
-    num = min(num, len(samples))
-    if kind == "random":
-        return [samples[i] for i in sorted(random.Random(f"{seed}:{where}").sample(range(len(samples)), num))]
-    return samples[:num] if kind == "first" else samples[len(samples) - num :]
-
-
-def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | None, need_videos: bool) -> list[Sample]:
-    samples, clamped, dropped, missing = [], 0, 0, []
-    durations: dict[tuple, float] = {}  # of files, for records without one
-    num_without = 0
-    for row, record, outside, is_there in _records(path, folder):
-        if known is not None and known.drops(f"{path.name}:{row}", record):
-            continue
-        if isinstance(record, BadRecord):
-            raise ValueError(f"{path}:{row}: {record}")
-        if lacks_duration(record):
-            num_without += 1
-            record, outside = _take_duration(record, outside, f"{path}:{row}", known, durations)
-        if outside and out_of_clip == "error":
-            raise ValueError(f"{path}:{row}: segments {outside} end after the video ({record.duration} s)")
-        clamped += bool(outside) and out_of_clip == "clamp"
-        if outside and out_of_clip == "drop":
-            dropped += 1
-        else:
-            samples.append(record)
-            if need_videos and not is_there:
-                missing.append(f"{record.video} ({path}:{row})")
-    if missing and known is None:  # a file that was there at the check is replaced when its turn comes
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(samples)} videos not found, the first: {missing[0]}; "
-            f"`python data.py check` lists them all, and data.manifest leaves them out"
-        )
-    if num_without:
-        print(f"{path}: {num_without} records without a duration take that of their file")
-    if clamped or dropped:
-        print(f"{path}: {clamped} segments clamped to their video, {dropped} records dropped (data.out_of_clip)")
-    return samples
-
-
-def _take_duration(
-    sample: Sample, outside: list | None, where: str, known: Manifest | None, durations: dict[tuple, float]
-) -> tuple[Sample, list | None]:
-    """The sample with the duration of its file: by the manifest, else by the header, which is read once for each file.
-
-    Also its segments as they were if they had to be clamped. Raises ValueError.
-    """
-    line, file = known.file_of(sample.id) if known else None, (sample.video, sample.fps)
-    try:
-        if line is None and file not in durations:
-            durations[file] = read_duration(*file)
-        found, clamped = with_duration(sample, line["duration"] if line else durations[file])
-    except VideoError as error:
-        raise ValueError(f"{where}: duration is missing in the record, and its file has none: {error}") from None
-    except BadRecord as error:
-        raise ValueError(f"{where}: {error}") from None
-    return found, outside or ([list(segment) for segment in sample.segments] if clamped else None)
-
-
-def _records(path: Path, folder: Path) -> Iterator[tuple[int, "Sample | BadRecord", list | None, bool]]:
-    """Every row of a file: its number from 1, what it is, its segments as they were if they had to be clamped.
-
-    The last value says whether the video is there.
-    """
-    for row, record in _rows(path):
-        if isinstance(record, BadRecord):
-            yield row, record, None, False
-            continue
-        try:
-            if "problem" in record:
-                record = from_temporal_r1(record, path.stem, row)
-            sample, outside = to_sample(record, folder)
-            is_there = _check_kind(sample)
-            yield row, sample, record["segments"] if outside else None, is_there
-        except BadRecord as error:
-            error.id = record["id"] if isinstance(record.get("id"), str) else None
-            yield row, error, None, False
-
-
-def _rows(path: Path) -> Iterator[tuple[int, "dict | BadRecord"]]:
-    """(row number from 1, record) of a .jsonl or of a .json list."""
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {path} not found")
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    refuse_parquet(path, content)
-    if path.suffix == ".json":
-        try:
-            records = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(records, list):
-            raise ValueError(f"{path}: expected a list of records")
-        numbered = enumerate(records, 1)
-    else:  # not splitlines: a question may hold U+2028
-        numbered = ((i, _parse(line)) for i, line in enumerate(content.split(b"\n"), 1) if line.strip())
-    for row, record in numbered:
-        if not isinstance(record, dict | BadRecord):
-            record = BadRecord(f"expected an object, got {type(record).__name__}")
-        elif isinstance(record, dict) and not _is_unicode(record):
-            record = BadRecord("not UTF-8: half a surrogate pair")
-        yield row, record
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8: {error}")
-    except (ValueError, RecursionError) as error:
-        return BadRecord(f"not valid JSON: {error}")
-
-
-def _is_unicode(record: dict) -> bool:
-    try:
-        return bool(json.dumps(record, ensure_ascii=False).encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _check_kind(sample: Sample) -> bool:
-    """Whether the video is there. Raises BadRecord where it is a file and a folder is described, or the reverse."""
-    try:
-        mode = os.stat(sample.video).st_mode
-    except (OSError, ValueError):
-        return False
-    if stat.S_ISDIR(mode) and sample.fps is None:
-        raise BadRecord("video is a folder of frames: fps is missing")
-    if stat.S_ISREG(mode) and sample.fps is not None:
-        raise BadRecord("fps is for a folder of frames, but video is a file")
-    return True
+from prompts import Prompt, PromptBuilder
+from records.files import read_samples  # noqa: F401  (the public name)
+from records.record import Sample
+from video.frames import Frames
+from video.readers import VideoError
+from video.workers import Call, CallFailed, Workers
 
 
 def batch_indices(
@@ -322,72 +92,246 @@ def spare_indices(num_samples: int, taken: Sequence[int], step: int, refill: int
     return np.random.default_rng((seed, step, refill, 1)).permutation(free).tolist()
 
 
-def records_of(source: str, videos: str | None = None) -> list[tuple[str, Sample | BadRecord]]:
-    """Every record of a data file, good or bad, with its file and row; `videos` is the folder to look in.
-
-    Or of every file below a folder, as a sample without a question, whose id is its path there. Raises ValueError and
-    FileNotFoundError for a source that cannot be read at all.
-    """
-    root = Path(source)
-    if root.is_dir():
-        paths = sorted(Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-        return [("", Sample(str(path.relative_to(root)), "", str(path), "")) for path in paths]
-    files = dict.fromkeys((file, folder) for file, folder, _, _ in _sources(source, videos))
-    return [(f"{file.name}:{row}", record) for file, folder in files for row, record, *_ in _records(file, folder)]
+BAD_SAMPLES = "bad_samples.jsonl"
+LEAST_ASKED = 100  # a share of fewer samples than this says little: they count as so many
+MOST_ATTEMPTS = 20  # samples tried in one place until the run stops: the disk is gone
+NUM_PRINTED = 20  # bad samples named as they are found
+NUM_LISTED = 5  # and in the error that ends a run
 
 
-def mark_repeated(records: Sequence[tuple[str, Sample | BadRecord]]) -> list[tuple[str, Sample | BadRecord]]:
-    """The same, with every record whose id another one before it has turned into a BadRecord."""
-    row_of: dict[str, str] = {}
-    marked = []
-    for row, record in records:
-        if isinstance(record, Sample) and record.id in row_of:
-            error = BadRecord(f"id: {record.id!r} is that of {row_of[record.id]} too")
-            error.id = record.id
-            record = error
-        elif isinstance(record, Sample):
-            row_of[record.id] = row
-        marked.append((row, record))
-    return marked
+def make_workers(builder: PromptBuilder, cfg) -> Workers:
+    """The processes that decode for `builder`; a context manager. `cfg` is the section data."""
+    return Workers(builder.decode, cfg.workers, cfg.decode_timeout)
 
 
-def check(args: argparse.Namespace) -> int:
-    """Read every record and open every video; prints what is wrong, writes the manifest, returns the exit code."""
-    if args.workers < 0 or args.timeout <= 0:
-        raise ValueError(f"--workers must be at least 0, got {args.workers}, and --timeout above 0, got {args.timeout}")
-    if args.videos and not Path(args.videos).is_dir():
-        raise FileNotFoundError(f"--videos {args.videos}: no such folder")
-    if args.manifest and not Path(args.manifest).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--manifest {args.manifest}: no such folder")
-    records = mark_repeated([pair for source in args.sources for pair in records_of(source, args.videos)])
-    if not records:
-        raise ValueError(f"{' '.join(args.sources)}: no records")
-    lines = manifest_io.examine(records, args.workers, args.timeout)
-    if args.manifest:
-        manifest_io.write(lines, args.manifest)
-    print("\n".join(manifest_io.summary(lines)))
-    num_without = sum(isinstance(record, Sample) and lacks_duration(record) for _, record in records)
-    if num_without:
-        print(f"{num_without} records without a duration take that of their file")
-    return int(not all(line["ok"] for line in lines))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("check", help="read every record, open every video; exit code 1 if anything is bad")
-    command.add_argument("sources", nargs="+", metavar="DATA", help=".yaml, .jsonl, .json or a folder of videos")
-    command.add_argument("--videos", metavar="DIR", help="folder of the videos, in place of where DATA says they are")
-    command.add_argument("--manifest", metavar="OUT", help="JSON lines to write, one per record: data.manifest")
-    command.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
-    command.add_argument("--timeout", type=float, default=120.0, help="seconds that one video may take")
-    command.set_defaults(call=check)
-    args = parser.parse_args(argv)
+def frames_of(workers: Workers, sample: Sample, call: Call) -> Frames:
+    """What the started call decodes. Raises VideoError, also where its process died or took too long."""
     try:
-        return args.call(args)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
+        return workers.result(call)
+    except CallFailed as error:
+        raise VideoError(sample.video, str(error)) from None
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def read_ahead(
+    samples: Sequence[Sample], builder: PromptBuilder, workers: Workers, window: int
+) -> Iterator[Prompt | VideoError]:
+    """Prompts in the order of the samples, the error in place of one that fails; `window` are decoded ahead."""
+    calls = workers.ahead(((sample,) for sample in samples), window)
+    for sample, call in zip(samples, calls):
+        try:
+            yield builder.prompt(sample, frames_of(workers, sample, call))
+        except VideoError as error:
+            yield error
+
+
+@dataclass(frozen=True)
+class Round:
+    """The prompts of one round of sampling in a step: this process's share of its places."""
+
+    prompts: list[Prompt]  # one for each of `places`, and maybe more that only keep this process busy
+    places: list[int]  # among the round's `num_places`
+    num_places: int
+    taken: list[int]  # indices of all samples that the step has asked for by now, on all processes
+    occurrences: list[int]  # of each prompt: how often its sample stands in the round before it
+    indices: list[int]  # of every place's sample, on all processes
+
+
+class Order:
+    """Which samples a step asks for, as indices of `samples`: those that training still uses.
+
+    A pure function of (seed, step) and, with data.refilter_every, of which groups were dead: every so many epochs the
+    samples are dropped whose group was when it was last sampled. All processes know that, so they agree.
+    """
+
+    def __init__(self, samples: Sequence[Sample], cfg, state: dict | None):
+        """`state` is that of the run which is resumed, or None."""
+        self.cfg = cfg
+        state = state or {"start": 0, "epoch": 0, "dropped": [], "dead": []}
+        self.start, self.epoch = state["start"], state["epoch"]  # first step and epoch since the last dropping
+        self.dropped, self.dead = state["dropped"], set(state["dead"])  # ids
+        self._use([sample for sample in samples if sample.id not in set(self.dropped)])
+
+    @property
+    def state(self) -> dict:
+        """What a resumed run needs, nothing where nothing is ever dropped."""
+        here = {"start": self.start, "epoch": self.epoch, "dropped": self.dropped, "dead": sorted(self.dead)}
+        return {"order": here} if self.cfg.data.refilter_every else {}
+
+    @property
+    def end(self) -> int:
+        """The step before which samples are dropped next."""
+        num_epochs, batch_size = self.cfg.data.refilter_every, self.cfg.data.batch_size
+        return self.start + -(-num_epochs * len(self.samples) // batch_size) if num_epochs else self.cfg.run.steps
+
+    def indices(self, step: int) -> list[int]:
+        size, seed = self.cfg.data.batch_size, self.cfg.run.seed
+        return batch_indices(len(self.samples), size, step - self.start, seed, self.epoch, order_of=self._order_of)
+
+    def visited(self, indices: Sequence[int], alive: Sequence[bool]) -> None:
+        """Take note of which groups were alive; the last visit of a sample counts."""
+        for index, is_alive in zip(indices, alive, strict=True):
+            sample_id = self.samples[index].id
+            if is_alive:
+                self.dead.discard(sample_id)
+            else:
+                self.dead.add(sample_id)
+
+    def refilter(self, step: int) -> int:
+        """Drop what is due before step `step`, unless less than two batches were left; returns how many."""
+        if step < self.end:
+            return 0
+        kept = [sample for sample in self.samples if sample.id not in self.dead]
+        num_dropped = len(self.samples) - len(kept)
+        self.epoch += -(-(step - self.start) * self.cfg.data.batch_size // len(self.samples))
+        self.start = step
+        if not num_dropped or len(kept) < 2 * self.cfg.data.batch_size:  # spares are drawn from what is left
+            return 0
+        self.dropped = self.dropped + [sample.id for sample in self.samples if sample.id in self.dead]
+        self.dead = set()
+        self._use(kept)
+        return num_dropped
+
+    def _use(self, samples: list[Sample]) -> None:
+        self.samples = samples
+        difficulty = difficulties(samples) if self.cfg.data.order == "curriculum" else None
+        # steps are asked for in their order: only the present epoch and the next one are asked for again
+        self._order_of = lru_cache(2)(partial(epoch_order, len(samples), self.cfg.run.seed, difficulty=difficulty))
+
+
+class Loader:
+    """This process's prompts, round by round. Every process must make the same calls.
+
+    `num_replaced` counts, over all processes, the samples of the present step that could not be read. `state` and
+    `order.state` survive a resume.
+    """
+
+    def __init__(self, samples: Sequence[Sample], builder: PromptBuilder, workers: Workers, cfg, run, clock: Callable):
+        self.order, self.builder, self.workers = Order(samples, cfg, run.state.get("order")), builder, workers
+        self.cfg, self.run, self.clock = cfg, run, clock
+        self.state = {name: run.state.get(name, 0) for name in ("num_asked", "num_bad")}
+        self.bad = {row["id"]: row for row in run.rows(BAD_SAMPLES)}  # their rows in that file, by id
+        self.num_replaced = 0
+        self._ahead: dict[int, tuple[list[int], list[Call | None]]] = {}  # indices and started calls of coming steps
+        share = cfg.data.batch_size // run.engine.world_size
+        self._num_steps_ahead = max(1, -(-2 * workers.num // share))
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Those that training still uses."""
+        return self.order.samples
+
+    def batch(self, step: int) -> Round:
+        """The videos of step `step`; those of the next steps are decoded meanwhile."""
+        self.num_replaced = 0
+        num_dropped = self.order.refilter(step)
+        if num_dropped and self.run.is_main:
+            left = f"{num_dropped} samples dropped, whose rewards were all alike; {len(self.samples)} left"
+            tqdm.write(f"step {step + 1}: {left} (data.refilter_every)", file=sys.stderr)
+        for coming in range(step, min(step + 1 + self._num_steps_ahead, self.cfg.run.steps, self.order.end)):
+            if coming not in self._ahead:
+                wanted = self.order.indices(coming)
+                self._ahead[coming] = wanted, self._start_share(wanted)
+        wanted, calls = self._ahead.pop(step)
+        return self._load(step, 0, wanted, [], calls)
+
+    def peek(self, step: int) -> list[Sample]:
+        """The samples of step `step`, then all others, without those that could not be read; nothing is counted."""
+        coming = [self.samples[index] for index in self.order.indices(step)]
+        return [sample for sample in coming + self.samples if sample.id not in self.bad]
+
+    def refill(self, step: int, refill: int, wanted: list[int], taken: list[int]) -> Round:
+        """The videos `wanted` in refill round `refill` (from 1) of a step that has asked for those `taken`."""
+        return self._load(step, refill, wanted, taken, self._start_share(wanted))
+
+    def _share(self, num_places: int) -> tuple[list[int], int]:
+        """This process's places, and how many of them count: past the end, the last one is there to be busy with."""
+        world, rank = self.run.engine.world_size, self.run.engine.rank
+        share = -(-num_places // world)
+        places = range(rank * share, (rank + 1) * share)
+        return [min(place, num_places - 1) for place in places], sum(place < num_places for place in places)
+
+    def _start_share(self, wanted: list[int]) -> list[Call | None]:
+        return [self._start(wanted[place]) for place in self._share(len(wanted))[0]]
+
+    def _start(self, index: int) -> Call | None:
+        sample = self.samples[index]
+        return None if sample.id in self.bad else self.workers.start(sample)
+
+    def _load(self, step: int, refill: int, wanted: list[int], taken: list[int], calls: list[Call | None]) -> Round:
+        """Read this process's places; while some fail, on any process, all give them the next spares and go on."""
+        places, num_own = self._share(len(wanted))
+        asked, spares = [*taken, *wanted], None
+        prompts: list[Prompt | None] = [None] * len(places)
+        coming = dict(enumerate(wanted))  # what is to be read now, by place
+        indices = list(wanted)
+        replaced: set[int] = set()  # places
+        for _ in range(MOST_ATTEMPTS):
+            taken = [*taken, *coming.values()]
+            self.state["num_asked"] += len(coming)
+            failed = self._gather_failed(self._read(coming, places, prompts, calls))
+            if not failed:
+                before = [0 if i in replaced else wanted[:i].count(wanted[i]) for i in places]
+                return Round(prompts, places[:num_own], len(wanted), taken, before, indices)
+            replaced |= {row["place"] for row in failed}
+            self._note(step + 1, failed)
+            if spares is None:  # drawn only when a sample fails, because drawing them permutes all records
+                spares = iter(spare_indices(len(self.samples), asked, step, refill, self.cfg.run.seed))
+            coming = dict(zip((row["place"] for row in failed), spares))
+            for place, index in coming.items():
+                indices[place] = index
+            self._check(stuck=len(coming) < len(failed))
+            calls = [self._start(coming[place]) if place in coming else None for place in places]
+        self._check(stuck=True)
+
+    def _read(self, coming: dict[int, int], places: list[int], prompts: list, calls: list) -> list[dict]:
+        """Put what is coming to this process's places into `prompts`; returns what could not be read."""
+        failed = []
+        for i, place in enumerate(places):
+            if place not in coming:
+                continue
+            sample = self.samples[coming[place]]
+            try:
+                if sample.id in self.bad:  # whatever a call that was started before says now
+                    raise VideoError(sample.video, self.bad[sample.id]["reason"])
+                with self.clock("data_wait"):
+                    frames = frames_of(self.workers, sample, calls[i])
+                prompts[i] = self.builder.prompt(sample, frames)
+            except VideoError as error:
+                failed.append({"place": place, "id": sample.id, "path": error.path, "reason": error.reason})
+        return failed
+
+    def _gather_failed(self, failed: list[dict]) -> list[dict]:
+        """What all processes could not read, in the order of the places, each place once."""
+        with self.clock("data_wait"):
+            num = self.run.engine.sums({"failed": float(len(failed))})["failed"]
+            rows = self.run.engine.gather_rows(failed) if num else []
+        by_place = {row["place"]: row for row in reversed(rows)}
+        return [by_place[place] for place in sorted(by_place)]
+
+    def _note(self, step: int, rows: list[dict]) -> None:
+        """Count what could not be read; remember and list the samples that are new."""
+        self.state["num_bad"] += len(rows)
+        self.num_replaced += len(rows)
+        for row in rows:
+            if row["id"] in self.bad:
+                continue
+            self.bad[row["id"]] = {"step": step} | {key: row[key] for key in ("id", "path", "reason")}
+            self.run.append(BAD_SAMPLES, [self.bad[row["id"]]])
+            if self.run.is_main and len(self.bad) <= NUM_PRINTED:
+                tqdm.write(f"step {step}: {row['id']} replaced; {row['path']}: {row['reason']}", file=sys.stderr)
+            if self.run.is_main and len(self.bad) == NUM_PRINTED:
+                tqdm.write(f"further ones are only listed, in {self.run.dir / BAD_SAMPLES}", file=sys.stderr)
+
+    def _check(self, stuck: bool) -> None:
+        asked, bad, limit = self.state["num_asked"], self.state["num_bad"], self.cfg.data.max_bad_share
+        if not stuck and bad <= limit * max(asked, LEAST_ASKED):
+            return
+        why = f"more than data.max_bad_share={limit:g} of them"
+        if stuck:
+            why = f"and nothing was left to stand in for one of them ({MOST_ATTEMPTS} samples are tried)"
+        rows = list(self.bad.values())[:NUM_LISTED]
+        listed = "; ".join(f"{row['id']}, {row['path']}: {row['reason']}" for row in rows)
+        raise SystemExit(
+            f"error: {bad} of the {asked} samples asked for could not be read, {why}. All are listed in "
+            f"{self.run.dir / BAD_SAMPLES}; the first: {listed}"
+        )

@@ -1,6 +1,6 @@
 """Evaluation: a model's answers, their metrics with bootstrap intervals, and the comparison of results.
 
-It trains nothing and computes no reward; the metrics are in metrics.py.
+It trains nothing and computes no reward; the metrics are in metrics/tasks.py.
 
     python eval.py run --config configs/tiny_eval.yaml model.path=runs/grpo/final run.dir=runs/grpo_eval [--resume]
     python eval.py score predictions.jsonl --out metrics.json [--data test.jsonl] [--answer tagged_or_text]
@@ -11,13 +11,12 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from arguments import of_eval, user_errors
+from runtime.arguments import of_eval, user_errors
 
 if __name__ == "__main__":  # here, so that a misspelt key is told before torch is imported, which takes seconds
     of_eval(None, __doc__)
@@ -26,170 +25,23 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from batches import DoneBatches, cut, remove_lines
-from blind import floor_line, floor_of, swap_clips
-from checkpoint import write_text
-from compare import compare, read_predictions
 from config import EvalRunConfig
-from data import read_samples
-from environment import code_hash
-from loader import LEAST_ASKED, NUM_LISTED, make_workers, read_ahead
-from metrics import (
-    MAIN_METRIC,
-    check_modes,
-    hash_of,
-    sample_values,
-    score_predictions,
-    truth_hash,
-    truth_of,
-)
-from plain import parse_response
-from policy import Policy
-from pretrained import load_policy, save_model
-from prompts import Prompt, PromptBuilder, make_builder
-from records import Sample
-from rollout import generate
-from run import Run, warn
-from selfcheck import check_model, check_ranks
-from signals import interruptible
-from splits import counts_of, shared, spread
-from video import VideoError
-from workers import Workers
-
-
-def predict(
-    policy: Policy,
-    batches: Sequence[Sequence[Sample]],
-    builder: PromptBuilder,
-    workers: Workers,
-    cfg,
-    num_answers: int = 1,
-    seed: int | None = None,
-    stand_in: Prompt | None = None,
-) -> Iterator[list[dict]]:
-    """The prediction rows of each batch, in the order of its samples: greedy, or `num_answers` each from `seed`.
-
-    A row has `video_tokens`, `frames_cut`, `num_tokens` and `num_truncated`; or, where the video cannot be read, no
-    answer and an `error`. `policy` is the unwrapped model; `cfg` has `batch_size`, `max_new_tokens` and `answer`.
-    `stand_in` is run for a batch without a readable video, where all processes must make the same calls.
-    """
-    samples = [sample for batch in batches for sample in batch]
-    loaded = read_ahead(samples, builder, workers, cfg.batch_size + 2 * workers.num)
-    for batch in batches:
-        yield _predict_batch(policy, batch, islice(loaded, len(batch)), cfg, num_answers, seed, stand_in)
-
-
-def _predict_batch(
-    policy: Policy,
-    batch: Sequence[Sample],
-    loaded: Iterator[Prompt | VideoError],
-    cfg,
-    num_answers: int,
-    seed: int | None,
-    stand_in: Prompt | None,
-) -> list[dict]:
-    """The rows of one batch. Its prompts are made here and end here: their patches take memory on the device."""
-    results = list(loaded)
-    prompts = [result for result in results if isinstance(result, Prompt)]
-    asked = prompts or ([stand_in] if stand_in else [])
-    answers = iter(_answers(policy, asked, cfg, num_answers, seed, stand_in is not None) if asked else ())
-    rows = []
-    for sample, result in zip(batch, results, strict=True):
-        if isinstance(result, VideoError):
-            rows.append(prediction(sample, [""] * num_answers, cfg.answer) | {"error": str(result)})
-            continue
-        texts, used = next(answers)
-        used |= {"video_tokens": result.video.num_tokens, "frames_cut": result.video.frames_cut}
-        rows.append(prediction(sample, texts, cfg.answer) | used)
-    return rows
-
-
-def _answers(
-    policy: Policy, prompts: list[Prompt], cfg, num: int, seed: int | None, synced: bool
-) -> list[tuple[list[str], dict]]:
-    """`num` responses to each prompt, and what they took."""
-    embeds = policy.embed_each(prompts)
-    rollout = generate(policy, prompts, embeds, num, cfg.max_new_tokens, cfg.batch_size, seed, synced=synced)
-    groups = [slice(i, i + num) for i in range(0, len(rollout.texts), num)]
-    used = [
-        {"num_tokens": int(rollout.mask_BT[g].sum()), "num_truncated": int(rollout.truncated_B[g].sum())}
-        for g in groups
-    ]
-    return [(rollout.texts[g], use) for g, use in zip(groups, used)]
-
-
-def prediction(sample: Sample, responses: Sequence[str], answer: str) -> dict[str, Any]:
-    """One line of predictions.jsonl: raw responses, what is parsed from a single one, and the record's truth."""
-    row: dict[str, Any] = {"id": sample.id, "task": sample.task}
-    if len(responses) == 1:
-        choice, segments = parse_response(responses[0], sample.options, answer)
-        row |= {"response": responses[0], "pred_choice": choice if sample.options else None}
-        row |= {"pred_segments": segments if sample.segments else []}
-    else:
-        row |= {"responses": list(responses)}
-    return row | head_of(sample)
-
-
-def head_of(sample: Sample) -> dict[str, Any]:
-    """What a prediction row says of its record."""
-    return {"id": sample.id} | truth_of(sample)
-
-
-def blind_head_of(sample: Sample, own: Mapping[str, Sample]) -> dict[str, Any]:
-    """The same where the sample has the clip of another one: the truth of its own clip, and which video was shown."""
-    return head_of(own[sample.id]) | {"shown": os.path.basename(sample.video)}
-
-
-class Validator:
-    """Metrics on the validation samples every `eval.every` steps; the model with the best mean of them is kept.
-
-    The mean is over tasks, of `MAIN_METRIC`. `state` survives a resume. The samples are `eval.num_samples` of the
-    validation set, evenly over tasks and sources; what they share with the training set `train` is a warning.
-    """
-
-    def __init__(self, cfg, builder: PromptBuilder, workers: Workers, run: Run, train: Sequence[Sample]):
-        self.cfg, self.builder, self.workers, self.run = cfg, builder, workers, run
-        self.state = {"best": run.state.get("best", -1.0)}
-        self.samples = []
-        if cfg.data.validation and cfg.eval.every:
-            self.samples = read_samples(cfg.data.validation, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
-        num = len(self.samples)
-        if cfg.eval.num_samples:
-            self.samples = spread(self.samples, cfg.eval.num_samples)
-        if self.samples and run.is_main:
-            print(f"validation: {len(self.samples)} of {num} records: {counts_of(self.samples)}")
-            records, videos = shared(train, self.samples)
-            if records or videos:
-                warn(f"{records} validation records and {videos} validation videos are in the training set as well")
-
-    def __call__(self, step: int, policy: Policy) -> dict[str, float]:
-        """`validation/<task>/<metric>` when it is time after `step` steps, else nothing."""
-        if not self.samples or step % self.cfg.eval.every:
-            return {}
-        engine = self.run.engine
-        with engine.phase("validation"), engine.whole_weights(self.cfg.model.gather_weights) as whole:
-            rows = engine.gather_rows(self._predict_mine(policy, whole))
-        tasks = score_predictions(rows, self.cfg.eval.answer)["tasks"]
-        mean = sum(tasks[task][MAIN_METRIC[task]] for task in tasks) / len(tasks)
-        if mean > self.state["best"] and self.run.write_folder(
-            "best", lambda folder, weights: save_model(policy, folder, self.cfg.model.path, weights)
-        ):
-            self.state["best"] = mean
-        named = {
-            f"validation/{task}/{name}": v for task in tasks for name, v in tasks[task].items() if isinstance(v, float)
-        }
-        return named | {"validation/score": mean, "validation/num_unreadable": float(sum("error" in r for r in rows))}
-
-    def _predict_mine(self, policy: Policy, whole: bool) -> list[dict]:
-        """The rows of this process's share; unless the weights are `whole`, as many batches as every other process."""
-        rank, world_size, cfg = self.run.engine.rank, self.run.engine.world_size, self.cfg.eval
-        batches, stand_in = cut(self.samples[rank::world_size], cfg.batch_size), None
-        if not whole:
-            loaded = read_ahead(self.samples, self.builder, self.workers, 1)
-            stand_in = next((prompt for prompt in loaded if isinstance(prompt, Prompt)), None)
-            batches += [[]] * (len(cut(self.samples[::world_size], cfg.batch_size)) - len(batches))
-        predicted = predict(policy, batches, self.builder, self.workers, cfg, stand_in=stand_in)
-        return [row for rows in predicted for row in rows]
+from data import LEAST_ASKED, NUM_LISTED, make_workers
+from metrics.blind import floor_line, floor_of, swap_clips
+from metrics.compare import compare, read_predictions
+from metrics.predictions import blind_head_of, head_of, predict
+from metrics.rows import hash_of, truth_hash
+from metrics.tasks import MAIN_METRIC, check_modes, sample_values, score_predictions
+from policy import Policy, load_policy
+from preflight.selfcheck import check_model, check_ranks
+from prompts import PromptBuilder, make_builder
+from records.files import read_samples
+from records.record import Sample
+from runtime.checkpoint import write_text
+from runtime.environment import code_hash
+from runtime.resumable import DoneBatches, cut, remove_lines
+from runtime.run import Run
+from runtime.signals import interruptible
 
 
 def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The policy: a Qwen2-VL / Qwen2.5-VL model that scores G completions over one shared prompt.
 
-Not a loader of model folders (pretrained.py), a sampler (rollout.py) or a loss (grpo.py). `Policy.forward` is what
+Not a loader of model folders (model/folder.py), a sampler (rollout.py) or a loss (grpo.py). `Policy.forward` is what
 `accelerator.prepare` wraps and the only thing called with gradients: packed completions in, log-probs and entropies
 out.
 
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
-from attention import Span, make_span
+from config import ModelConfig
+from model.attention import Span, make_span
+from model.folder import banned_ids, load_model, stop_ids
+from model.positions import rope_positions
 from prompts import Prompt
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 HEAD_CHUNK = 512  # most completion tokens in a chunk of the head: their (chunk, V) float32 logits are all that is kept
 
 
@@ -42,36 +44,6 @@ class Packed:
     targets_N: Tensor  # completion token ids
     lengths_B: Tensor  # tokens per completion, in the order of the row
     num_chunks: int  # in which the head takes the completion tokens
-
-
-def rope_positions(
-    segments: Sequence[int | tuple[int, int, int, float]], merge_size: int, tokens_per_second: float | None
-) -> tuple[Tensor, int]:
-    """Rotary positions (3, L) of a row of text and videos, and the position of the token after it.
-
-    `segments`: an int is so many text tokens; (t, h, w, second_per_grid) is a video's grid before merging and the
-    seconds between its time steps. `tokens_per_second` None (Qwen2-VL): one position per time step; otherwise
-    (Qwen2.5-VL, arXiv 2502.13923, 2.1.2) floor(index * second_per_grid * tokens_per_second). Text goes on at the
-    largest position used so far + 1, as the released checkpoints were trained (transformers up to 5.2).
-
-    >>> positions, after = rope_positions([1, (2, 2, 4, 1.0), 2], merge_size=2, tokens_per_second=2)
-    >>> positions.tolist(), after
-    ([[0, 1, 1, 3, 3, 4, 5], [0, 1, 1, 1, 1, 4, 5], [0, 1, 2, 1, 2, 4, 5]], 6)
-    """
-    parts, position = [], 0
-    for segment in segments:
-        if isinstance(segment, int):
-            part = torch.arange(segment).expand(3, -1)
-        else:
-            t, h, w, second_per_grid = segment
-            step = 1.0 if tokens_per_second is None else torch.tensor(second_per_grid) * tokens_per_second
-            time = (torch.arange(t) * step).long()
-            axes = (time, torch.arange(h // merge_size), torch.arange(w // merge_size))
-            part = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
-        if part.numel():
-            parts.append(part + position)
-            position = int(parts[-1].max()) + 1
-    return torch.cat(parts, dim=1), position
 
 
 def prompt_positions(prompt: Prompt, config) -> tuple[Tensor, int]:
@@ -132,7 +104,7 @@ class Policy(nn.Module):
         # read once: peft takes requires_grad away while the adapter is off
         self.vision_is_frozen = not any(p.requires_grad for p in model.model.visual.parameters())
         self.register_buffer("banned", banned_ids(model.config, tokenizer), persistent=False)
-        self.eos_ids, self.pad_id = _stop_ids(model.generation_config, tokenizer)
+        self.eos_ids, self.pad_id = stop_ids(model.generation_config, tokenizer)
         # generate() fills what it is not told from the checkpoint (a repetition penalty, a near-zero temperature)
         self.model.generation_config = GenerationConfig(eos_token_id=self.eos_ids, pad_token_id=self.pad_id)
 
@@ -218,6 +190,12 @@ class Policy(nn.Module):
         return (logits.float() / self.temperature).index_fill(-1, self.banned, -torch.inf).log_softmax(-1)
 
 
+def load_policy(cfg: ModelConfig, temperature: float = 1.0) -> Policy:
+    """The policy of `model.folder.load_model`, whose errors it raises."""
+    model, tokenizer, adapter = load_model(cfg)
+    return Policy(model, tokenizer, temperature, adapter)
+
+
 def pad_rows(values_N: Tensor, lengths_B: Tensor, num_columns: int) -> Tensor:
     """(N,) values of ragged completions to (B, num_columns), 0 past the end of each.
 
@@ -234,21 +212,3 @@ def packed_logps(
     """Log-probs and entropies (B, num_columns) of packed completions, 0 past their ends; `policy` may be wrapped."""
     logps_N, entropy_N = policy(packed, video_embeds, entropy_grad)
     return pad_rows(logps_N, packed.lengths_B, num_columns), pad_rows(entropy_N, packed.lengths_B, num_columns)
-
-
-def banned_ids(config, tokenizer) -> Tensor:
-    """Ids that are never sampled: vision placeholders and brackets, and embeddings past the tokenizer."""
-    names = ("image", "video", "vision_start", "vision_end", "vision")
-    special = {getattr(config, f"{name}_token_id", None) for name in names}
-    special |= {tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_pad", "image_pad", "video_pad")}
-    ids = {i for i in special if i is not None} | set(range(len(tokenizer), config.text_config.vocab_size))
-    return torch.tensor(sorted(ids))
-
-
-def _stop_ids(generation_config, tokenizer) -> tuple[list[int], int]:
-    eos, pad = generation_config.eos_token_id, generation_config.pad_token_id
-    eos = tokenizer.eos_token_id if eos is None else eos
-    pad = tokenizer.pad_token_id if pad is None else pad
-    if eos is None or pad is None:
-        raise ValueError("neither generation_config.json nor the tokenizer names an EOS and a pad token")
-    return ([eos] if isinstance(eos, int) else list(eos)), pad

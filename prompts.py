@@ -1,6 +1,6 @@
 """Samples to prompts: the wording of each task, the video's placeholders in place, its patches beside it.
 
-Not a reader of records (data.py) or of video files (video.py), and it decides on no order. Nothing to run.
+Not a reader of records (data.py) or of video files (video/frames.py), and it decides on no order. Nothing to run.
 """
 
 import re
@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cache import FrameCache
 from config import PromptConfig, VideoConfig
-from records import CHAT, LETTERS, Sample
-from video import Frames, Geometry, Video, decode_video, read_geometry, to_video
+from records.record import CHAT, LETTERS, Sample
+from video.budget import Geometry, read_geometry
+from video.cache import FrameCache
+from video.frames import Frames, Video, decode_video, to_video
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,16 @@ import jinja2
 import numpy as np
 import yaml
 
-import samples
-from arguments import user_errors
-from blind import in_words
-from checkpoint import write_text
-from compare import Result, differing_keys, read_result
-from curves import Curve, Series, nice_ticks, sections
-from metrics import MAIN_METRIC, paired_interval
-from samples import MAX_NAME, cut, read_rows
-from settings import flat
+from config import flat
+from metrics.blind import in_words
+from metrics.compare import Result, differing_keys, read_result
+from metrics.intervals import paired_interval
+from metrics.tasks import MAIN_METRIC
+from page import samples
+from page.curves import Curve, Series, nice_ticks, sections
+from page.samples import MAX_NAME, cut, read_rows
+from runtime.arguments import user_errors
+from runtime.checkpoint import write_text
 
 MAX_DOTS = 1500  # of a scatter plot
 FEW = 20  # steps at the start and at the end that rewards are means of
@@ -271,7 +272,7 @@ def page(runs: Sequence[Training | Evaluation], num: int, steps: Sequence[int], 
     """The HTML of one report; at most `num` groups, of these steps and ids if there are any."""
     trainings = [run for run in runs if isinstance(run, Training)]
     browser, counts = browse(trainings, num, steps, ids)
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "page")
     env = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     env.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     env.filters |= {"number": number, "signed": signed, "csp_hash": csp_hash}

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
 
-from attention import SharedPrompt
 from grpo import completion_mask
+from model.attention import GroupLayer
 from policy import Policy, prompt_positions
 from prompts import Prompt
 
@@ -64,33 +63,6 @@ class Rollout:
             truncated_B=torch.cat([rollout.truncated_B for rollout in rollouts]),
             texts=[text for rollout in rollouts for text in rollout.texts],
         )
-
-
-class GroupLayer(DynamicLayer):
-    """A layer's cache in which P prompts stand once, and only what their P x G completions add stands per row.
-
-    There is room for `most_new` tokens of each: none is copied twice. `update` hands the prompts' keys and values
-    over beside the completions' own, for attention.group_attention.
-    """
-
-    def __init__(self, layer: DynamicLayer, bias: Tensor | None, most_new: int):
-        super().__init__()
-        self.prompt = SharedPrompt(layer.keys, layer.values, bias)
-        self.most_new, self.num_new, self.room = most_new, 0, None
-
-    def get_seq_length(self) -> int:
-        return self.prompt.keys.shape[2] + self.num_new
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        new, start = (key_states, value_states), self.num_new
-        if self.room is None:
-            self.room = [x.new_empty(*x.shape[:2], self.most_new, x.shape[3]) for x in new]
-        self.num_new += key_states.shape[2]
-        for room, x in zip(self.room, new):
-            room[:, :, start : self.num_new] = x
-        self.keys, self.values = (room[:, :, : self.num_new] for room in self.room)
-        self.keys.prompt = self.prompt
-        return self.keys, self.values
 
 
 class GumbelSampler(LogitsProcessor):

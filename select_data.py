@@ -5,7 +5,7 @@
     accelerate launch --config_file configs/accelerate/ddp.yaml select_data.py --config configs/tiny_select.yaml
     python train_grpo.py --config configs/tiny.yaml data.train=runs/tiny_select/selected.jsonl
 
-It trains nothing; the rules are in selection.py. K is rollout.group_size. Into run.dir it writes
+It trains nothing; the rules are in selection/rules.py. K is rollout.group_size. Into run.dir it writes
 
     scores.jsonl      one row per item: rewards (the task's own, without the format) and their mean, std and best; the
                       parts of each; parse_fail, truncated, sampled_tokens, prompt_tokens; or the error of its video
@@ -28,8 +28,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from arguments import from_command_line, user_errors
 from config import SelectConfig
+from runtime.arguments import from_command_line, user_errors
 
 if __name__ == "__main__":  # here, so that a misspelt key is told before torch is imported, which takes seconds
     from_command_line(SelectConfig, None, __doc__, "configs/tiny_select.yaml")
@@ -38,25 +38,25 @@ import yaml
 from tqdm import tqdm
 
 import config
-from batches import DoneBatches, cut, remove_lines
-from checkpoint import write_text
-from data import read_samples
-from environment import code_hash, environment
-from loader import NUM_LISTED, make_workers, read_ahead
-from policy import Policy
-from pretrained import load_policy, weights_hash
+from data import NUM_LISTED, make_workers, read_ahead
+from model.folder import weights_hash
+from policy import Policy, load_policy
+from preflight.selfcheck import check_model, check_ranks
 from prompts import Prompt, PromptBuilder, make_builder
-from records import Sample, to_record
+from records.files import read_samples
+from records.record import Sample, to_record
 from reward_functions import RewardFunction, failures_in, load_functions, score_all
 from rewards import parses, task_reward
 from rollout import generate
-from run import UNUSED, Run, config_differences
-from scores import SCORES, check_readable, head_of, lines_of, origin, read_scores
-from selection import Item, check_kept, choose, counts_by_stratum, plot, reason, table
-from selfcheck import check_model, check_ranks
-from signals import interruptible
-from video import VideoError
-from workers import Workers
+from runtime.checkpoint import write_text
+from runtime.environment import code_hash, environment
+from runtime.resumable import DoneBatches, cut, remove_lines
+from runtime.run import UNUSED, Run, config_differences
+from runtime.signals import interruptible
+from selection.rules import Item, check_kept, choose, counts_by_stratum, plot, reason, table
+from selection.scores import SCORES, check_readable, head_of, lines_of, origin, read_scores
+from video.readers import VideoError
+from video.workers import Workers
 
 MAY_CHANGE = {"run.dir", *(f"data.{key}" for key in ("workers", "decode_timeout", "max_bad_share", "cache_dir"))}
 MAY_CHANGE |= {"data.cache_gib", "run.self_check"}

@@ -14,8 +14,8 @@ import math
 from collections import defaultdict
 from functools import partial
 
-from arguments import from_command_line, user_errors
 from config import GrpoConfig
+from runtime.arguments import from_command_line, user_errors
 
 if __name__ == "__main__":  # here, so that a misspelt key is told before torch is imported, which takes seconds
     from_command_line(GrpoConfig, None, __doc__, "configs/tiny.yaml")
@@ -23,24 +23,24 @@ if __name__ == "__main__":  # here, so that a misspelt key is told before torch 
 import torch
 
 import config
-import plan
-from clock import Clock
-from data import read_samples, refill_indices
-from engine import check_batch, check_engine
-from eval import Validator
+from data import Loader, make_workers, refill_indices
 from groups import Groups, choose_groups, is_alive, loss_mask, score_groups
 from grpo import policy_loss, token_weights
-from loader import Loader, make_workers
-from optim import make_optimizer, set_learning_rate
-from policy import Policy, pack, packed_logps
-from pretrained import load_policy, save_model
-from progress import Alarm, batch_rows, frac_nearly_equal, print_step, sample_rows, step_metrics
+from metrics.validation import Validator
+from model.folder import save_model
+from model.optim import make_optimizer, set_learning_rate
+from policy import Policy, load_policy, pack, packed_logps
+from preflight import plan
+from preflight.selfcheck import check_model, check_ranks
 from prompts import make_builder
+from records.files import read_samples
 from reward_functions import failures_in, load_functions
 from rollout import Rollout, generate
-from run import Run
-from selfcheck import check_model, check_ranks
-from signals import die_of, interruptible
+from runtime.clock import Clock
+from runtime.engine import check_batch, check_engine
+from runtime.run import Run
+from runtime.signals import die_of, interruptible
+from step_log import Alarm, batch_rows, frac_nearly_equal, print_step, sample_rows, step_metrics
 
 
 def collect_groups(
@@ -247,7 +247,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
             del groups  # the next step needs the memory of its videos' patches
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state | loader.order.state | alarm.state)
-    run.finish(lambda folder, weights: save_model(raw, folder, cfg.model.path, weights))
+    run.finish(lambda folder, weights: save_model(raw.model, raw.adapter, folder, cfg.model.path, weights))
     return run
 
 

@@ -8,8 +8,8 @@ The loss is the mean negative log-prob of the target's tokens (the answer block 
 import math
 from functools import partial
 
-from arguments import from_command_line, user_errors
 from config import SftConfig
+from runtime.arguments import from_command_line, user_errors
 
 if __name__ == "__main__":  # here, so that a misspelt key is told before torch is imported, which takes seconds
     from_command_line(SftConfig, None, __doc__, "configs/tiny_sft.yaml")
@@ -17,21 +17,21 @@ if __name__ == "__main__":  # here, so that a misspelt key is told before torch 
 import torch
 
 import config
-import plan
-from clock import Clock
-from data import read_samples
-from engine import check_batch, check_engine
-from eval import Validator
-from loader import Loader, make_workers
-from optim import make_optimizer, set_learning_rate
-from policy import pack
-from pretrained import load_policy, save_model
+from data import Loader, make_workers
+from metrics.validation import Validator
+from model.folder import save_model
+from model.optim import make_optimizer, set_learning_rate
+from policy import load_policy, pack
+from preflight import plan
+from preflight.selfcheck import check_model, check_ranks
 from prompts import Prompt, make_builder, video_means, video_sums
-from records import Sample
+from records.files import read_samples
+from records.record import Sample
 from rewards import format_answer
-from run import Run
-from selfcheck import check_model, check_ranks
-from signals import die_of, interruptible
+from runtime.clock import Clock
+from runtime.engine import check_batch, check_engine
+from runtime.run import Run
+from runtime.signals import die_of, interruptible
 
 
 def target_text(sample: Sample, think: bool) -> str:
@@ -113,7 +113,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
             del prompts  # the next step needs the memory of their videos' patches
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state)
-    run.finish(lambda folder, weights: save_model(raw, folder, cfg.model.path, weights))
+    run.finish(lambda folder, weights: save_model(raw.model, raw.adapter, folder, cfg.model.path, weights))
     return run
 
 

@@ -30,8 +30,8 @@ from ways import write_clip
 import config
 import tiny
 import train_grpo
-from environment import environment
-from run import Run
+from runtime.environment import environment
+from runtime.run import Run
 
 NUM_CLIPS, NUM_FRAMES, SIDE = 4, 8, 56  # frames and pixels of a clip
 WARM_UP = 5  # steps in which frames come into the cache

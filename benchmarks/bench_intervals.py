@@ -1,8 +1,8 @@
 """How often the 95% intervals hold the truth: of a metric, and of a paired difference of two results.
 
 The questions that two evaluations answered are the population, and its means the truth; `--draws` times `--n` of them
-are drawn with replacement, and the intervals of metrics.py computed as for a result of that size. The last line is
-one JSON object. It tests the intervals, not the models.
+are drawn with replacement, and the intervals of metrics/tasks.py computed as for a result of that size. The last line
+is one JSON object. It tests the intervals, not the models.
 
     python benchmarks/bench_intervals.py runs/demo/eval_base runs/demo/eval_grpo
 """
@@ -16,7 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from metrics import all_values, bootstrap_interval, paired_interval, read_rows
+from metrics.intervals import bootstrap_interval, paired_interval
+from metrics.rows import read_rows
+from metrics.tasks import all_values
 
 METRICS = {"tvg": ("miou", "r1@0.5"), "mcqa": ("accuracy",), "gqa": ("miou", "acc_gqa")}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jobs import Job, report, run_all
+from experiments.jobs import Job, report, run_all
 
 VARIANTS = {  # recipe files and overrides after configs/tiny.yaml
     "GRPO (tiny.yaml)": [],

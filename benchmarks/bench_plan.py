@@ -37,13 +37,13 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import config
-import plan
 import tiny
 import train_grpo
-from clock import peak_bytes, restart_peak
-from engine import Engine
 from policy import Policy
-from run import environment
+from preflight import plan
+from runtime.clock import peak_bytes, restart_peak
+from runtime.engine import Engine
+from runtime.environment import environment
 
 REPO = Path(__file__).resolve().parents[1]
 GIB = 2**30

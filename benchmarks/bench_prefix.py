@@ -37,15 +37,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import tiny
-from clock import peak_bytes, restart_peak
 from config import ModelConfig
-from environment import environment
-from policy import Policy, pack, prompt_positions
-from pretrained import load_policy
+from policy import Policy, load_policy, pack, prompt_positions
 from prompts import Prompt
-from records import Sample
+from records.record import Sample
 from rollout import GumbelSampler, generate, row_seed
-from video import Video
+from runtime.clock import peak_bytes, restart_peak
+from runtime.environment import environment
+from video.frames import Video
 
 G = 8
 SIZES = [(278, 32), (1046, 64), (2070, 64)]  # (P, C); 22 tokens of each prompt are text

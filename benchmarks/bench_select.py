@@ -31,9 +31,9 @@ from bench_prefix import make_inputs, make_policy
 
 import select_data
 from config import RolloutConfig, RuleConfig, SelectConfig
-from environment import environment
 from policy import Policy
 from prompts import Prompt
+from runtime.environment import environment
 
 K = 8
 PARTS = ("tower", "prefill", "decode", "reward")

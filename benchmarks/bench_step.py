@@ -40,9 +40,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from ways import WAYS, Bench, Meter, make_bench, sample_repeated
 
-from dryrun import Speed
-from environment import environment
+from preflight.dryrun import Speed
 from rollout import generate
+from runtime.environment import environment
 
 SIZES = {  # (P, C, G) by model
     "tiny": [(278, 32, 8), (1046, 64, 8), (2070, 64, 8), (1046, 64, 16)],

@@ -1,6 +1,6 @@
 """A step of TRL's GRPOTrainer against ours: the same tiny model, equal numbers of tokens, one process.
 
-    python -m venv .venv_bench && .venv_bench/bin/pip install -r requirements-bench.txt
+    python -m venv .venv_bench && .venv_bench/bin/pip install -r requirements/bench.txt
     .venv_bench/bin/python benchmarks/bench_trl.py [--size 1046,64,8] [--repeats 5]
 
 TRL takes no videos, so a clip's frames are images: each of 112 x 112 pixels is 16 tokens and two brackets, and as many
@@ -41,7 +41,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ways import SIDES, Meter, first_letters, make_bench, ours, timed_calls
 
 import tiny
-from environment import environment
+from runtime.environment import environment
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"

@@ -28,11 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cache import FrameCache
 from config import VideoConfig
-from environment import environment
-from video import Geometry, check_video, decode_video, plan, probe, to_video
-from workers import Workers
+from runtime.environment import environment
+from video.budget import Geometry, plan
+from video.cache import FrameCache
+from video.frames import check_video, decode_video, to_video
+from video.readers import probe
+from video.workers import Workers
 
 VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "videos"
 GEOMETRY = Geometry(14, 2, 2, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -2,8 +2,8 @@
 
 Not a roofline of every kernel. A part takes at least the larger of its arithmetic over the rate of a large matrix
 product, and of the bytes that it cannot avoid over the rate of a large copy. FLOPs are counted in the training code
-(dryrun.py), without what gradient checkpointing computes twice. Bytes are those of weights, gradients, optimizer state
-and KV cache, in every pass once; activations are left out, so the true floor is somewhat higher. Used by bench_step.py.
+(preflight/dryrun.py), without what gradient checkpointing computes twice. Bytes are those of weights, gradients,
+optimizer state and KV cache, in every pass once; activations are left out, so the true floor is somewhat higher. Used by bench_step.py.
 """
 
 import time
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from config import GrpoConfig
-from costs import Case, Launch
-from dryrun import Speed
-from lengths import Length
 from policy import Policy
+from preflight.costs import Case, Launch
+from preflight.dryrun import Speed
+from preflight.lengths import Length
 from prompts import Prompt
 
 SIDES = {"cuda": 8192, "cpu": 1536}  # of the matrices

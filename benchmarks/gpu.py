@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import arguments
+from runtime import arguments
 
 if __name__ == "__main__":  # the arguments are read before torch is imported, which takes seconds
     arguments.of_gpu(None, __doc__)
@@ -34,17 +34,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-import attention
-import kernelcheck
 import tiny
-from attention import SharedPrompt, make_span
-from environment import environment
+from model import attention
+from model.attention import SharedPrompt, make_span
 from policy import Packed, Policy, pack
+from preflight import kernelcheck
+from preflight.selfcheck import TOLERANCE as LOGP_TOLERANCE
 from prompts import Prompt
-from records import Sample
+from records.record import Sample
 from rollout import generate
-from selfcheck import TOLERANCE as LOGP_TOLERANCE
-from video import Video
+from runtime.environment import environment
+from video.frames import Video
 
 REPO = Path(__file__).resolve().parents[1]
 SHAPE_3B = REPO / "configs" / "models" / "Qwen" / "Qwen2.5-VL-3B-Instruct"

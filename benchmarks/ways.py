@@ -19,20 +19,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, LogitsProcessorList
 
 import tiny
-from clock import peak_bytes
 from config import DataConfig, GrpoConfig, LossConfig, ModelConfig, RolloutConfig, RunConfig, VideoConfig
+from data import Round
 from groups import score_groups
 from grpo import group_advantages, policy_loss, token_weights
-from loader import Round
-from plan import MODELS
 from policy import Policy, prompt_positions
+from preflight.plan import MODELS
 from prompts import Prompt
-from records import Sample
+from records.record import Sample
 from reward_functions import RewardFunction
 from rollout import GumbelSampler, Rollout, row_seed
-from run import Run
+from runtime.clock import peak_bytes
+from runtime.run import Run
 from train_grpo import collect_groups, update
-from video import load_video, read_geometry
+from video.budget import read_geometry
+from video.frames import load_video
 
 SIDES, CLIP_FPS = {"tiny": 112, "3b": 336}, 2  # pixels, of square frames: 16 or 144 tokens each two frames
 TEXT = 22  # tokens of a prompt that are text, or more, so that the rest divides

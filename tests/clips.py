@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from video import Geometry
+from video.budget import Geometry
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VIDEOS = SHARED / "data" / "videos"

@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 import config
-import data
 import prompts
 import tiny
 import train_sft
-import video
-from policy import Policy
-from pretrained import load_policy
-from run import Run
+from policy import Policy, load_policy
+from records import files
+from runtime.run import Run
+from video import budget, frames
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
@@ -78,9 +77,9 @@ def make_cfg(world: Path, tmp_path: Path, *overrides: str) -> config.GrpoConfig:
 
 def make_prompts(world: Path, policy: Policy, num: int = 3, name: str = "mix_train") -> list[prompts.Prompt]:
     """Prompts of unequal length: several tasks, clips of several durations."""
-    geometry, wording = video.read_geometry(str(world / "model")), config.PromptConfig(**PROMPT)
+    geometry, wording = budget.read_geometry(str(world / "model")), config.PromptConfig(**PROMPT)
     builder = prompts.PromptBuilder(policy.tokenizer, geometry, config.VideoConfig(), wording, None)
-    samples = data.read_samples(str(world / f"{name}.yaml"))
+    samples = files.read_samples(str(world / f"{name}.yaml"))
     return [builder(sample) for sample in samples[:: max(1, len(samples) // num)][:num]]
 
 
@@ -164,7 +163,7 @@ def taught(sft_run) -> tuple[str, ...]:
 @pytest.fixture
 def patches_held(monkeypatch) -> list[int]:
     """Of how many videos the patches were alive, as each one's were made and with it."""
-    alive, counts, patchify = [], [], video.patchify
+    alive, counts, patchify = [], [], frames.patchify
 
     def counting(*args):
         patches = patchify(*args)
@@ -172,7 +171,7 @@ def patches_held(monkeypatch) -> list[int]:
         counts.append(sum(patches() is not None for patches in alive))
         return patches
 
-    monkeypatch.setattr(video, "patchify", counting)
+    monkeypatch.setattr(frames, "patchify", counting)
     return counts
 
 

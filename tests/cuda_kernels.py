@@ -6,8 +6,8 @@ flash_attn/flash_api.cpp, mem_eff_attention/kernel_forward.h and kernel_backward
 
 import torch
 
-import attention
-from attention import LSE_MULTIPLE, choose_kernel
+from model import attention
+from model.attention import LSE_MULTIPLE, choose_kernel
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -131,7 +131,8 @@ def backward(grad, query, key, value, out, lse, mask, scale):
 
 
 def emulate(monkeypatch, name: str) -> CudaKernels:
-    """Have attention.py compute on the CPU what it would on a GPU that has the kernel `name`: flash or efficient."""
+    """Have model/attention.py compute on the CPU what it would on a GPU that has the kernel `name`: flash or
+    efficient."""
     kernels = CudaKernels(any_type=name == "flash")
     capability = (9, 0) if name == "flash" else (7, 5)
 

@@ -22,10 +22,10 @@ import select_data
 import train_grpo
 import train_sft
 from config import GrpoConfig
-from optim import make_optimizer, set_learning_rate
+from model.optim import make_optimizer, set_learning_rate
 from policy import pack
 from rollout import Rollout, generate
-from run import Run
+from runtime.run import Run
 from train_grpo import Groups
 
 NUM_STEPS, NUM_VIDEOS, GROUP_SIZE, LONGEST = 20, 4, 4, 9

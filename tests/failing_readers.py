@@ -3,9 +3,9 @@
 from failing import fail_as_named
 
 import prompts
-import video
+from video import frames
 
-decode, check = prompts.decode_sample, video.check_video
+decode, check = prompts.decode_sample, frames.check_video
 
 
 def decode_sample(sample, **rest):
@@ -15,6 +15,6 @@ def decode_sample(sample, **rest):
 
 
 def check_video(path, fps=None):
-    """In the place of video.check_video."""
+    """In the place of frames.check_video."""
     fail_as_named(path)
     return check(path, fps)

@@ -24,7 +24,7 @@ import torch
 from accelerate.commands import launch
 
 import train_grpo
-from engine import Engine
+from runtime.engine import Engine
 
 REPO = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")

@@ -3,7 +3,7 @@
 from functools import cache
 
 from config import GrpoConfig, load
-from records import Sample
+from records.record import Sample
 
 OPTIONS = ["a dog", "a cat", "two birds", "nobody"]
 THINK = "<think>I look.</think>"

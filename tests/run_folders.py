@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from metrics import score_predictions, truth_hash
+from metrics.rows import truth_hash
+from metrics.tasks import score_predictions
 
 CONFIG = {
     "run": {"steps": 3, "seed": 0},

@@ -1,9 +1,9 @@
-"""A run of a linear model, for the tests of run.py and engine.py."""
+"""A run of a linear model, for the tests of runtime/run.py and runtime/engine.py."""
 
 import torch
 
 from config import RunConfig
-from run import Run
+from runtime.run import Run
 
 YAML = "run:\n  seed: 0\n  steps: 4\nloss:\n  beta: 0.1\n"
 

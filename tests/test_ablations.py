@@ -12,14 +12,13 @@ import pytest
 from conftest import REPO, metrics_of
 from matplotlib.figure import Figure
 
-import ablations
-import arms
 import config
-import jobs
-import seeds
-from ablations import ARMS, QUESTIONS, Question, Row
-from compare import flat
-from data import read_samples
+from config import flat
+from experiments import ablations, arms, jobs, seeds
+from experiments.ablations import QUESTIONS, Question, Row
+from experiments.arms import ARMS
+from metrics import intervals
+from records.files import read_samples
 from reward_functions import load_functions
 from rewards import score
 
@@ -190,15 +189,15 @@ def test_threshold_iou(text, value):
 
 
 def test_an_interval_over_seeds_and_questions():
-    assert seeds.crossed_interval(np.full((3, 50), 7.0)) == pytest.approx((7.0, 7.0, 7.0))
+    assert intervals.crossed_interval(np.full((3, 50), 7.0)) == pytest.approx((7.0, 7.0, 7.0))
     by_seed = np.repeat([[0.0], [10.0]], 40, axis=1)  # resamples of two seeds: 0, 5 or 10
-    assert seeds.crossed_interval(by_seed) == pytest.approx((5.0, 0.0, 10.0))
+    assert intervals.crossed_interval(by_seed) == pytest.approx((5.0, 0.0, 10.0))
     rng = np.random.default_rng(0)
     by_question = np.repeat(rng.permutation([0.0, 100.0] * 200)[None], 3, axis=0)
-    mean, low, high = seeds.crossed_interval(by_question)  # the same questions for all seeds: 1.96 x 50 / sqrt(400)
+    mean, low, high = intervals.crossed_interval(by_question)  # the same questions for all seeds: 1.96 x 50 / sqrt(400)
     assert mean == 50.0 and high - low == pytest.approx(9.8, rel=0.1)
     both = by_question + 20 * np.array([[-1.0], [0.0], [1.0]])
-    assert seeds.crossed_interval(both)[2] - seeds.crossed_interval(both)[1] > 1.5 * (high - low)
+    assert intervals.crossed_interval(both)[2] - intervals.crossed_interval(both)[1] > 1.5 * (high - low)
 
 
 def test_differences_are_paired_by_seed_and_question():
@@ -292,7 +291,7 @@ def test_a_failed_run_is_reported_and_the_rest_is_shown(tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_quick_goes_from_end_to_end_and_not_twice(tmp_path):
     """Also: what stands finished is not run again."""
-    command = [sys.executable, "ablations.py", "--quick", "--dir", str(tmp_path / "quick")]
+    command = [sys.executable, "experiments/ablations.py", "--quick", "--dir", str(tmp_path / "quick")]
     first = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     assert "say nothing" in first.stdout

@@ -6,11 +6,11 @@ import time
 import pytest
 from reward_samples import OPTIONS, config, sample, thought
 
+import answers
 import convert
-import metrics
-import plain
 import rewards
-from data import read_samples
+from metrics import tasks
+from records.files import read_samples
 
 # ---- TempCompass ---------------------------------------------------------------------------------------------------
 
@@ -168,9 +168,9 @@ def test_every_question_of_tempcompass_is_converted(questions):
 )
 def test_a_response_to_tempcompass_is_read_as_a_person_reads_it(questions, place, response, letter):
     asked = questions[place]
-    assert plain.parse_response(response, asked.options, "tagged_or_text")[0] == letter
+    assert answers.parse_response(response, asked.options, "tagged_or_text")[0] == letter
     row = {"task": "mcqa", "response": response, "options": asked.options, "answer": asked.answer}
-    assert metrics.sample_values(row, "tagged_or_text")["accuracy"] == float(letter == asked.answer)
+    assert tasks.sample_values(row, "tagged_or_text")["accuracy"] == float(letter == asked.answer)
 
 
 def test_labels_that_are_not_in_order_are_refused(tmp_path):
@@ -195,7 +195,7 @@ def test_long_texts_of_labels_and_leads_take_little_time():
         "**",
     ):
         start = time.process_time()
-        plain.parse_response(text * (8000 // len(text)), OPTIONS, "tagged_or_text")
+        answers.parse_response(text * (8000 // len(text)), OPTIONS, "tagged_or_text")
         assert time.process_time() - start < 2, text
 
 
@@ -372,14 +372,14 @@ def test_what_an_answer_earns(task, answer, paid):
     ],
 )
 def test_a_letter_and_awkward_options(options, answer, letter):
-    assert rewards.choice_from(answer, options) == letter
+    assert answers.choice_from(answer, options) == letter
 
 
 def test_an_options_number_is_no_part_of_a_span():
     """`A. 12,5 to 13` is option 12 and half a number, and not a span from 5 s."""
-    assert rewards.segments_from("A. 12, 3 to 7", ["12", "15"]) == [(3, 7)]
-    assert rewards.segments_from("A. 12,5 to 13", ["12", "15"]) == []
-    assert rewards.segments_from("A. 123 to 7", ["12", "15"]) == []
+    assert answers.segments_from("A. 12, 3 to 7", ["12", "15"]) == [(3, 7)]
+    assert answers.segments_from("A. 12,5 to 13", ["12", "15"]) == []
+    assert answers.segments_from("A. 123 to 7", ["12", "15"]) == []
 
 
 @pytest.mark.parametrize(
@@ -393,4 +393,4 @@ def test_an_options_number_is_no_part_of_a_span():
 )
 def test_a_label_that_is_only_mentioned_is_no_answer(text, expected):
     """A line end a few words before a label was once taken for the start of an answer."""
-    assert plain.parse_response(text, ["the man runs", "the man walks"], "tagged_or_text")[0] == expected
+    assert answers.parse_response(text, ["the man runs", "the man walks"], "tagged_or_text")[0] == expected

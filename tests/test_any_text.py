@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from reward_samples import OPTIONS, OVERLAPS, THINK, config, sample, thought
 
+import answers
 import rewards
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "<", "<answer", "<think>I look.</think>"]
@@ -111,6 +112,6 @@ def test_long_runs_of_anything_take_little_time(unit, num_chars):
 
 def test_an_answer_past_the_length_limit_is_malformed():
     many = ", ".join(["1 to 2"] * 400)
-    assert len(rewards.segments_from(many)) == 400
-    assert rewards.segments_from(many + ", " + many) == []
-    assert rewards.choice_from("B" + " " * rewards.MAX_ANSWER_CHARS, OPTIONS) is None
+    assert len(answers.segments_from(many)) == 400
+    assert answers.segments_from(many + ", " + many) == []
+    assert answers.choice_from("B" + " " * answers.MAX_ANSWER_CHARS, OPTIONS) is None

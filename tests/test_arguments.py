@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from arguments import from_command_line, user_errors
 from config import GrpoConfig, load
+from runtime.arguments import from_command_line, user_errors
 
 START = """
 import runpy, sys
@@ -25,14 +25,14 @@ OTHERS = {  # a command line with a misspelt option, and the end of what is said
     "eval.py score a.jsonl": ("b.jsonl --out c.json", "unrecognized arguments: b.jsonl"),
     "eval.py compare": ("a.json --alow prompt", "unrecognized arguments: --alow prompt"),
     "data.py check": ("a.jsonl --vidoes b", "unrecognized arguments: --vidoes b"),
-    "blind.py": ("a b --floor c", "unrecognized arguments: --floor c"),
+    "metrics/blind.py": ("a b --floor c", "unrecognized arguments: --floor c"),
     "convert.py": ("mmvu --annotations a --out b.jsonl --no-repar", "unrecognized arguments: --no-repar"),
     "report.py": ("a --wacht 10", "unrecognized arguments: --wacht 10"),
-    "pretrained.py merge": ("a b --otu c", "unrecognized arguments: --otu c"),
+    "model/folder.py merge": ("a b --otu c", "unrecognized arguments: --otu c"),
     "tiny.py": ("--sede 1", "unrecognized arguments: --sede 1"),
     "benchmarks/gpu.py": ("--shirnk", "unrecognized arguments: --shirnk"),
-    "demo.py": ("--sede 1", "unrecognized arguments: --sede 1"),
-    "ablations.py": ("--qiuck", "unrecognized arguments: --qiuck"),
+    "experiments/demo.py": ("--sede 1", "unrecognized arguments: --sede 1"),
+    "experiments/ablations.py": ("--qiuck", "unrecognized arguments: --qiuck"),
 }
 
 

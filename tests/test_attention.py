@@ -5,7 +5,7 @@ import torch
 from test_policy import tree_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from attention import (
+from model.attention import (
     CompletionAttention,
     SharedPrompt,
     _plain,

@@ -6,7 +6,7 @@ import json
 import pytest
 from conftest import REPO
 
-import plan
+from preflight import plan
 
 pytestmark = pytest.mark.slow
 KEYS = {"step_ratio", "generate_ratio", "update_ratio", "memory_ratio", "token_ratio", "step_over_floor"}

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-import blind
 import convert
-from blind import best_constant, best_span, floor_of, swap_clips
-from records import Sample
+from metrics import blind
+from metrics.blind import best_constant, best_span, floor_of, swap_clips
+from records import files
+from records.record import Sample
 from rewards import temporal_iou
 
 PUBLIC = SHARED / "data" / "annotations"
@@ -81,7 +82,7 @@ def test_floors_of_a_test_set_by_hand(tmp_path):
     train = write(tmp_path / "train.jsonl", *spans, *map(choice, "ABB"))
     spans = [grounding(100, [20, 60]), grounding(100, [60, 100]), grounding(100, [20, 40])]
     tests = write(tmp_path / "test.jsonl", *spans, *map(choice, "BAAC"))
-    found = floor_of(train, blind.read_samples(tests, need_videos=False))
+    found = floor_of(train, files.read_samples(tests, need_videos=False))
     assert found["tvg"]["constant"] == {"data": train, "span": [0.2, 0.6]}
     values = [found["tvg"][name] for name in ("n", "miou", "r1@0.3", "r1@0.5", "r1@0.7", "parse_fail")]
     assert values == pytest.approx([3, 50, 200 / 3, 200 / 3, 100 / 3, 0])
@@ -94,7 +95,7 @@ def test_the_floor_of_grounded_questions_by_hand(tmp_path):
     grounded = lambda letter, duration, span: choice(letter) | grounding(duration, span) | {"task": "gqa"}  # noqa: E731
     train = write(tmp_path / "train.jsonl", grounded("B", 10, [2, 6]), grounded("B", 10, [2, 6]))
     rows = [grounded("B", 100, [20, 40]), grounded("B", 100, [70, 90]), grounded("A", 100, [20, 60])]
-    found = floor_of(train, blind.read_samples(write(tmp_path / "test.jsonl", *rows), need_videos=False))["gqa"]
+    found = floor_of(train, files.read_samples(write(tmp_path / "test.jsonl", *rows), need_videos=False))["gqa"]
     assert found["constant"] == {"data": train, "choice": "B", "span": [0.2, 0.6]}
     values = [found[name] for name in ("accuracy", "acc_gqa", "miop", "miou")]
     assert values == pytest.approx([200 / 3, 100 / 3, 50, 50])
@@ -122,7 +123,7 @@ def test_the_floor_of_charades_sta(tmp_path):
         words = ["charades_sta", "--annotations", str(folder / f"charades_sta_{split}.txt")]
         words += ["--durations", str(folder / "charades.json.gz"), "--out", str(tmp_path / f"{split}.jsonl")]
         convert.main(words)
-    tests = blind.read_samples(str(tmp_path / "test.jsonl"), need_videos=False)
+    tests = files.read_samples(str(tmp_path / "test.jsonl"), need_videos=False)
     found = floor_of(str(tmp_path / "train.jsonl"), tests)["tvg"]
     assert found["constant"]["span"] == [0.0, 0.47]
     values = [round(found[name], 2) for name in ("n", "miou", "r1@0.3", "r1@0.5", "r1@0.7")]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import FrameCache, file_key
+from video.cache import FrameCache, file_key
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (8, 3, 56, 56), dtype=np.uint8)
 TIMES = np.linspace(0, 3.5, 8)

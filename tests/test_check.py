@@ -12,21 +12,22 @@ import pytest
 from conftest import REPO, SHARED, make_cfg, make_policy, metrics_of, write_data
 from PIL import Image
 
-import data
-import manifest as manifest_io
 import train_grpo
 from config import PromptConfig, VideoConfig
-from data import read_samples
-from manifest import Manifest
 from prompts import PromptBuilder
-from video import read_geometry
+from records import files, manifest
+from records.check import main as check_main
+from records.files import read_samples
+from records.manifest import Manifest
+from video import readers, workers
+from video.budget import read_geometry
 
 CLIPS = SHARED / "data" / "videos"
 TVG = {"id": "a", "task": "tvg", "video": "v.mp4", "duration": 10.0, "question": "When?", "segments": [[1, 2.5]]}
 
 
 def check(*args, workers: int = 1) -> int:
-    return data.main(["check", *map(str, args), "--workers", str(workers), "--timeout", "60"])
+    return check_main(["check", *map(str, args), "--workers", str(workers), "--timeout", "60"])
 
 
 def read_lines(path) -> dict[str, dict]:
@@ -44,8 +45,8 @@ def clip(world):
 @pytest.fixture
 def no_pool(monkeypatch):
     """Files are opened in this process, which is faster for a few of them."""
-    real = manifest_io.Workers
-    monkeypatch.setattr(manifest_io, "Workers", lambda function, num, timeout: real(function, 0, timeout))
+    real = workers.Workers
+    monkeypatch.setattr(manifest, "Workers", lambda function, num, timeout: real(function, 0, timeout))
 
 
 def write(path, *records) -> str:
@@ -86,7 +87,7 @@ def test_every_real_file_is_classified_without_noise(tmp_path):
         assert line["ok"] == is_video, name
         assert bool(line["reason"]) != is_video and UNUSABLE.get(name, "") in line["reason"], name
         assert bool(line["warning"]) == (name == "dmlc_decord/corrupted.mp4"), name
-        assert (line["size"], line["mtime"]) == manifest_io.file_state(str(CLIPS / name)), name
+        assert (line["size"], line["mtime"]) == manifest.file_state(str(CLIPS / name)), name
         if is_video:
             assert line["duration"] == pytest.approx(line["frames"] / line["fps"], rel=0.01)
     for name, expected in DETAILS.items():
@@ -192,8 +193,8 @@ def test_bad_records_are_listed_with_row_and_key_and_the_rest_is_checked(tmp_pat
 )
 def test_times_that_do_not_fit_the_file(tmp_path, monkeypatch, no_pool, record, reason, warning):
     """The file is said to last 20 s; up to 1 s or 5% of that nobody minds."""
-    described = dict.fromkeys(manifest_io.FILE_FIELDS) | {"ok": True, "reason": None, "duration": 20.0}
-    monkeypatch.setattr("video.check_video", lambda path, fps: described)
+    described = dict.fromkeys(manifest.FILE_FIELDS) | {"ok": True, "reason": None, "duration": 20.0}
+    monkeypatch.setattr("video.frames.check_video", lambda path, fps: described)
     (tmp_path / "v.mp4").touch()
     source, out = write(tmp_path / "a.jsonl", TVG | {"duration": 20.0} | record), tmp_path / "manifest.jsonl"
     assert check(source, "--manifest", out) == bool(reason)
@@ -209,8 +210,8 @@ def test_a_record_without_a_duration_takes_that_of_its_file(world, tmp_path, cli
     gqa = row | {"id": "c", "task": "gqa", "options": ["x", "y"], "answer": "A", "segments": [[1, 2], [3, 99.5]]}
     cut = row | {"id": "d", "clip": [1, 4], "duration": None}
     source = write(tmp_path / "a.jsonl", row, TVG | {"id": "b", "duration": 9.0}, gqa, cut)
-    opened, read = [], data.read_duration
-    monkeypatch.setattr(data, "read_duration", lambda *file: opened.append(file) or read(*file))
+    opened, read = [], readers.read_duration
+    monkeypatch.setattr(files, "read_duration", lambda *file: opened.append(file) or read(*file))
     samples = read_samples(source)
     assert [sample.duration for sample in samples] == pytest.approx([clip[1], 9.0, clip[1], 3.0])
     assert samples[2].segments == ((1.0, 2.0), (3.0, samples[2].duration))
@@ -275,7 +276,7 @@ def test_a_folder_of_frames_is_a_video(world, tmp_path, no_pool):
 def test_one_file_is_opened_once(tmp_path, monkeypatch, no_pool):
     opened = []
     described = {"ok": True, "reason": "", "duration": 10.0}
-    monkeypatch.setattr("video.check_video", lambda *file: opened.append(file) or described)
+    monkeypatch.setattr("video.frames.check_video", lambda *file: opened.append(file) or described)
     for name in ("v.mp4", "w.mp4"):
         (tmp_path / name).touch()
     (tmp_path / "frames").mkdir()
@@ -320,10 +321,10 @@ def test_what_cannot_be_checked_at_all_is_one_line(tmp_path, monkeypatch, args, 
 
 
 def test_a_reader_that_dies_or_hangs_is_a_reason(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("video.check_video", failing_readers.check_video)
+    monkeypatch.setattr("video.frames.check_video", failing_readers.check_video)
     source = write_data(world, tmp_path / "data", 5, {1: "killed", 3: "hangs"})
     out = tmp_path / "manifest.jsonl"
-    assert data.main(["check", source, "--manifest", str(out), "--workers", "2", "--timeout", "3"]) == 1
+    assert check_main(["check", source, "--manifest", str(out), "--workers", "2", "--timeout", "3"]) == 1
     reasons = {name: line["reason"] for name, line in read_lines(out).items() if not line["ok"]}
     assert reasons == {"r1": "the process that read it died (signal 9)", "r3": "took more than 3 s"}
     assert "     1  took more than N s" in capsys.readouterr().out

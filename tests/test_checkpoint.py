@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from checkpoint import (
+from runtime.checkpoint import (
     PatientSaver,
     append_whole,
     checkpoints,

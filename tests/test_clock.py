@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-import clock as clock_module
-from clock import Clock, peak_bytes, restart_peak
+from runtime import clock as clock_module
+from runtime.clock import Clock, peak_bytes, restart_peak
 
 HERE = pytest.mark.skipif(restart_peak() is None, reason="nothing here tells the peak memory of a process")
 

@@ -8,8 +8,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import REPO
 
 import config
-import data
 from config import EvalRunConfig, GrpoConfig, SftConfig, load, to_yaml
+from records import files
 
 CONFIGS = sorted(REPO.glob("configs/*.yaml"))
 LAUNCHERS = sorted(REPO.glob("configs/accelerate/*.yaml"))
@@ -293,4 +293,4 @@ def test_accelerate_configs_load(path):
 
 @pytest.mark.parametrize("path", DATA_SETS, ids=lambda path: path.name)
 def test_data_set_lists_load(path):
-    assert all(entry["json_path"] and entry["data_folder"] for entry in data._data_sets(path))
+    assert all(entry["json_path"] and entry["data_folder"] for entry in files._data_sets(path))

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convert
-import sources
 from convert import SOURCES
-from data import read_samples
+from records import sources
+from records.files import read_samples
 
 PUBLIC = SHARED / "data" / "annotations"
 CHARADES = PUBLIC / "charades_sta"

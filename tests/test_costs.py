@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 import config
 import train_grpo
-from costs import Case, Launch, read_launch
-from dryrun import Speed
-from lengths import Length, RoughTokenizer
-from records import Sample
+from preflight.costs import Case, Launch, read_launch
+from preflight.dryrun import Speed
+from preflight.lengths import Length, RoughTokenizer
+from records.record import Sample
 
 ACCELERATE = REPO / "configs" / "accelerate"
 MODEL_3B = REPO / "configs" / "models" / "Qwen" / "Qwen2.5-VL-3B-Instruct"

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import batch_indices, read_samples
-from records import BadRecord, Sample, to_sample
+from data import batch_indices
+from records.files import read_samples
+from records.record import BadRecord, Sample, to_sample
 
 TVG = {"id": "a", "task": "tvg", "video": "v.mp4", "duration": 10.0, "question": "When?", "segments": [[1, 2.5]]}
 MCQA = {"id": "b", "task": "mcqa", "video": "v.mp4", "question": "Which?", "options": ["x", "y", "z"], "answer": "C"}

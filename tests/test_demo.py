@@ -2,7 +2,7 @@
 
 import json
 
-import demo
+from experiments import demo
 
 FLOOR = {"tvg": {"miou": 36.65, "r1@0.7": 9.444}, "mcqa": {"accuracy": 25.0}, "gqa": {"acc_gqa": 7.2222}}
 

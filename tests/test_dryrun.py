@@ -11,22 +11,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoTokenizer
 
-import attention
 import config
-from dryrun import META, Call, DryRun, Speed, meta_policy, optimize, sample, score, update
-from optim import make_optimizer
+from model import attention
+from model.optim import make_optimizer
 from policy import pack, packed_logps
+from preflight.dryrun import META, Call, DryRun, Speed, meta_policy, optimize, sample, score, update
 from prompts import Prompt
-from records import Sample
+from records.record import Sample
 from rollout import generate
-from video import Video
+from video.frames import Video
 
 SPEED = Speed(flops=1e12, bytes=1e12, launch_s=1e-6)
 GRID, TEXT, G, T = (4, 16, 16), 30, 4, 40  # 256 video tokens
 
 
 class Meter(TorchDispatchMode):
-    """The bytes of real tensors made inside that are alive, and the most of them; independent of dryrun.py."""
+    """The bytes of real tensors made inside that are alive, and the most of them; independent of
+    preflight/dryrun.py."""
 
     def __init__(self):
         super().__init__()

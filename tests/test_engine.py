@@ -13,7 +13,7 @@ from conftest import REPO, make_cfg
 from small_runs import open_run, prepared, take_step
 
 import config
-from engine import Engine, check_batch
+from runtime.engine import Engine, check_batch
 
 
 def test_backward_sums_over_micro_batches(tmp_path):

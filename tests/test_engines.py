@@ -14,7 +14,7 @@ from engine_worker import CASES, DTYPES, LOOPS, NUM_REST, NUM_STEPS, PROGRAMS, R
 from safetensors.torch import load_file
 
 from config import ModelConfig
-from pretrained import load_policy
+from policy import load_policy
 
 pytestmark = pytest.mark.slow
 TRAINED = (*LOOPS, "sft")

@@ -16,8 +16,10 @@ import pytest
 import yaml
 from conftest import REPO, read_jsonl, write_data
 
-import eval as evaluation
-import metrics
+import eval
+import policy
+from metrics import predictions, tasks
+from runtime import resumable
 
 
 def args_of(world, folder, *overrides, model=None):
@@ -35,7 +37,7 @@ def ids_of(path):
 def whole(world, tmp_path_factory):
     """The folder of an evaluation that nothing stopped."""
     folder = tmp_path_factory.mktemp("eval") / "whole"
-    evaluation.main(args_of(world, folder))
+    eval.main(args_of(world, folder))
     return folder
 
 
@@ -44,7 +46,7 @@ def whole(world, tmp_path_factory):
 
 def stop_after(monkeypatch, num):
     """Let `num` batches be answered and written, then fail while the next one's line is half-written."""
-    add, done = evaluation.DoneBatches.add, []
+    add, done = resumable.DoneBatches.add, []
 
     def failing(self, number, rows):
         if len(done) == num:
@@ -54,7 +56,7 @@ def stop_after(monkeypatch, num):
         done.append(number)
         add(self, number, rows)
 
-    monkeypatch.setattr(evaluation.DoneBatches, "add", failing)
+    monkeypatch.setattr(resumable.DoneBatches, "add", failing)
 
 
 @pytest.mark.parametrize("num", [0, 1, 3])
@@ -63,9 +65,9 @@ def test_gone_on_with_is_uninterrupted(world, whole, tmp_path, monkeypatch, num)
     with monkeypatch.context() as patched:
         stop_after(patched, num)
         with pytest.raises(KeyboardInterrupt):
-            evaluation.main(args_of(world, tmp_path / "parts"))
+            eval.main(args_of(world, tmp_path / "parts"))
     assert not (tmp_path / "parts" / "predictions.jsonl").exists()
-    evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+    eval.main([*args_of(world, tmp_path / "parts"), "--resume"])
     left = [(folder / "predictions.jsonl").read_bytes() for folder in (whole, tmp_path / "parts")]
     assert left[0] == left[1]
     found = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, tmp_path / "parts")]
@@ -75,7 +77,7 @@ def test_gone_on_with_is_uninterrupted(world, whole, tmp_path, monkeypatch, num)
 
 def test_a_batch_keeps_no_patches(world, tmp_path, patches_held):
     """They are on the device: those of the batch before must not be there any more."""
-    evaluation.main(args_of(world, tmp_path / "run", "run.self_check=false"))
+    eval.main(args_of(world, tmp_path / "run", "run.self_check=false"))
     num = len(read_jsonl(tmp_path / "run" / "predictions.jsonl"))
     assert patches_held == [1 + i % 4 for i in range(num)] and num > 8
 
@@ -84,10 +86,10 @@ def test_what_is_done_is_not_answered_again(world, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 2)
         with pytest.raises(KeyboardInterrupt):
-            evaluation.main(args_of(world, tmp_path / "parts"))
-    added, add = [], evaluation.DoneBatches.add
-    monkeypatch.setattr(evaluation.DoneBatches, "add", lambda self, n, rows: (added.append(n), add(self, n, rows)))
-    evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+            eval.main(args_of(world, tmp_path / "parts"))
+    added, add = [], resumable.DoneBatches.add
+    monkeypatch.setattr(resumable.DoneBatches, "add", lambda self, n, rows: (added.append(n), add(self, n, rows)))
+    eval.main([*args_of(world, tmp_path / "parts"), "--resume"])
     num = len(ids_of(tmp_path / "parts" / "predictions.jsonl"))
     assert added == list(range(2, -(-num // 4)))
 
@@ -98,7 +100,7 @@ def test_the_configuration_reaches_the_answers(world, sft_run, tmp_path):
     rows = {}
     for name, more in names.items():
         words = ("eval.num_answers=2", "eval.temperature=1.5", *more)
-        evaluation.main(args_of(world, tmp_path / name, *words, model=sft_run / "final"))
+        eval.main(args_of(world, tmp_path / name, *words, model=sft_run / "final"))
         rows[name] = read_jsonl(tmp_path / name / "predictions.jsonl")
     spec = {name: json.loads((tmp_path / name / "metrics.json").read_text())["spec"]["decoding"] for name in names}
     assert (spec["b"]["seed"], spec["c"]["temperature"], spec["d"]["max_new_tokens"]) == (1, 0.01, 7)
@@ -110,12 +112,12 @@ def test_the_configuration_reaches_the_answers(world, sft_run, tmp_path):
 
 def test_answer_modes_reach_the_metrics(world, tmp_path, monkeypatch):
     """Every response is a plain A: wrong or no answer when tagged, an answer otherwise."""
-    answers = evaluation._answers
+    answers = predictions._answers
     plain = lambda *args: [(["A"] * len(texts), used) for texts, used in answers(*args)]  # noqa: E731
-    monkeypatch.setattr(evaluation, "_answers", plain)
+    monkeypatch.setattr(resumable, "_answers", plain)
     found = {}
     for name, more in (("tagged", ()), ("text", ("eval.answer=tagged_or_text",)), ("skip", ("eval.unanswered=skip",))):
-        evaluation.main(args_of(world, tmp_path / name, f"data.test={world}/mcqa_test.yaml", *more))
+        eval.main(args_of(world, tmp_path / name, f"data.test={world}/mcqa_test.yaml", *more))
         found[name] = json.loads((tmp_path / name / "metrics.json").read_text())["tasks"]["mcqa"]
     assert found["tagged"]["parse_fail"] == 100 and found["text"]["parse_fail"] == 0 < found["text"]["accuracy"]
     assert found["skip"]["n"] == 0 and found["skip"]["num_skipped"] == found["tagged"]["n"]
@@ -127,31 +129,31 @@ def test_rows_are_in_the_order_of_the_data(world, whole):
 
 
 def test_a_finished_run_is_not_run_again(world, whole, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "generate", None)
+    monkeypatch.setattr(resumable, "generate", None)
     before = (whole / "metrics.json").read_bytes()
-    evaluation.main([*args_of(world, whole), "--resume"])
+    eval.main([*args_of(world, whole), "--resume"])
     assert "is finished" in capsys.readouterr().out and (whole / "metrics.json").read_bytes() == before
     with pytest.raises(SystemExit, match="exists; give --resume to go on"):
-        evaluation.main(args_of(world, whole))
+        eval.main(args_of(world, whole))
 
 
 def test_going_on_with_other_questions_or_another_config_is_refused(world, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         stop_after(patched, 2)
         with pytest.raises(KeyboardInterrupt):
-            evaluation.main(args_of(world, tmp_path / "parts"))
+            eval.main(args_of(world, tmp_path / "parts"))
     with pytest.raises(SystemExit, match=r"differs in eval.batch_size \(4 there, 8 now\)"):
-        evaluation.main([*args_of(world, tmp_path / "parts", "eval.batch_size=8"), "--resume"])
+        eval.main([*args_of(world, tmp_path / "parts", "eval.batch_size=8"), "--resume"])
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "code_hash", lambda: "edited")
+        patched.setattr(resumable, "code_hash", lambda: "edited")
         with pytest.raises(
             SystemExit, match=r"answers.0.jsonl:1: answers by other code_hash \(\w+ there, edited now\)"
         ):
-            evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+            eval.main([*args_of(world, tmp_path / "parts"), "--resume"])
         patched.undo()
-        patched.setattr(evaluation.Policy, "fingerprint", lambda policy: "trained on")
+        patched.setattr(policy.Policy, "fingerprint", lambda policy: "trained on")
         with pytest.raises(SystemExit, match="answers by other weights"):
-            evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+            eval.main([*args_of(world, tmp_path / "parts"), "--resume"])
     (part,) = (tmp_path / "parts").glob("answers.*.jsonl")
     answered, question = part.read_bytes(), read_jsonl(world / "tvg_test.jsonl")[0]["question"]
     for content, reason in (
@@ -162,7 +164,7 @@ def test_going_on_with_other_questions_or_another_config_is_refused(world, tmp_p
     ):
         part.write_bytes(content)
         with pytest.raises(SystemExit, match=f"answers.0.jsonl:1: {reason}"):
-            evaluation.main([*args_of(world, tmp_path / "parts"), "--resume"])
+            eval.main([*args_of(world, tmp_path / "parts"), "--resume"])
 
 
 def test_a_video_that_could_not_be_read_is_tried_again(world, tmp_path, monkeypatch):
@@ -170,12 +172,12 @@ def test_a_video_that_could_not_be_read_is_tried_again(world, tmp_path, monkeypa
     data = write_data(world, tmp_path / "data", 8, {1: b"no video"})
     words = args_of(world, tmp_path / "parts", f"data.test={data}")
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.DoneBatches, "gather", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(resumable.DoneBatches, "gather", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            evaluation.main(words)
+            eval.main(words)
     good = read_jsonl(world / "tvg_train.jsonl")[1]["video"]
     (tmp_path / "data" / "videos" / "1.mp4").write_bytes((world / "videos" / good).read_bytes())
-    evaluation.main([*words, "--resume"])
+    eval.main([*words, "--resume"])
     rows = read_jsonl(tmp_path / "parts" / "predictions.jsonl")
     assert len(rows) == 8 and not any("error" in row for row in rows)
 
@@ -183,7 +185,7 @@ def test_a_video_that_could_not_be_read_is_tried_again(world, tmp_path, monkeypa
 def test_too_many_unreadable_videos_end_an_evaluation(world, tmp_path):
     data = write_data(world, tmp_path / "data", 12, dict.fromkeys(range(11), b"no video"))
     with pytest.raises(SystemExit, match=r"error: 11 videos could not be read \(data.max_bad_share\), the first: r0, "):
-        evaluation.main(args_of(world, tmp_path / "x", f"data.test={data}", "eval.batch_size=12"))
+        eval.main(args_of(world, tmp_path / "x", f"data.test={data}", "eval.batch_size=12"))
 
 
 def test_a_folder_in_use_is_refused(world, tmp_path):
@@ -195,9 +197,9 @@ def test_a_folder_in_use_is_refused(world, tmp_path):
         process.stdout.readline()
         for words in ([], ["--resume"]):
             with pytest.raises(SystemExit, match="is in use by another process"):
-                evaluation.main([*args_of(world, tmp_path / "x"), *words])
+                eval.main([*args_of(world, tmp_path / "x"), *words])
         process.kill()
-    evaluation.main(args_of(world, tmp_path / "x"))
+    eval.main(args_of(world, tmp_path / "x"))
 
 
 @pytest.mark.slow
@@ -221,7 +223,7 @@ def test_killed_ten_times_at_random_is_uninterrupted(world, tmp_path):
         process.wait()
     assert size() and not (folder / "predictions.jsonl").exists()
     subprocess.run(command, cwd=REPO, check=True, timeout=300)
-    evaluation.main(args_of(world, tmp_path / "whole", *more))
+    eval.main(args_of(world, tmp_path / "whole", *more))
     left = [(path / "predictions.jsonl").read_bytes() for path in (folder, tmp_path / "whole")]
     assert left[0] == left[1]
 
@@ -231,7 +233,7 @@ def test_two_processes_answer_as_one_and_go_on_where_one_stopped(world, whole, t
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
         with pytest.raises(KeyboardInterrupt):
-            evaluation.main(args_of(world, tmp_path / "two"))
+            eval.main(args_of(world, tmp_path / "two"))
     gc.collect()  # an interrupted run of this process holds its folder as long as it lives
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
     command = [*launcher, "eval.py", *args_of(world, tmp_path / "two"), "--resume"]
@@ -253,7 +255,7 @@ def test_the_best_constant_answers_of_the_training_set_stand_beside_the_model(wo
         records = [clip | {"id": f"{name}{i}", "duration": d, "segments": [s]} for i, (d, s) in enumerate(spans)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     words = [f"data.test={tmp_path}/test.jsonl", f"data.floor={tmp_path}/train.jsonl"]
-    evaluation.main(args_of(world, tmp_path / "x", *words))
+    eval.main(args_of(world, tmp_path / "x", *words))
     assert "floor of tvg, always 20% to 60% of the clip: n 2 miou 12.50 " in capsys.readouterr().out
     found = json.loads((tmp_path / "x" / "metrics.json").read_text())
     assert found["floor"]["tvg"]["miou"] == 12.5  # 1 s of 8
@@ -262,12 +264,12 @@ def test_the_best_constant_answers_of_the_training_set_stand_beside_the_model(wo
         ("", "data.floor names no training set"),
         (f"{world}/mcqa_train.yaml", "has no record of it"),
     ):
-        evaluation.main(args_of(world, tmp_path / "y", words[0], f"data.floor={floor}"))
+        eval.main(args_of(world, tmp_path / "y", words[0], f"data.floor={floor}"))
         assert re.search(f"no floor of tvg: .*{reason}\n", capsys.readouterr().out)
         assert json.loads((tmp_path / "y" / "metrics.json").read_text())["floor"] == {}
         shutil.rmtree(tmp_path / "y")
     with pytest.raises(SystemExit, match=r"error: data file nowhere.jsonl not found"):
-        evaluation.main(args_of(world, tmp_path / "z", "data.floor=nowhere.jsonl"))
+        eval.main(args_of(world, tmp_path / "z", "data.floor=nowhere.jsonl"))
 
 
 def test_blind_answers_are_of_another_clip_and_stand_apart(world, whole, tmp_path, monkeypatch, capsys):
@@ -277,11 +279,11 @@ def test_blind_answers_are_of_another_clip_and_stand_apart(world, whole, tmp_pat
     with monkeypatch.context() as patched:
         stop_after(patched, num + 2)
         with pytest.raises(KeyboardInterrupt):
-            evaluation.main(words)
-    added, add = [], evaluation.DoneBatches.add
+            eval.main(words)
+    added, add = [], resumable.DoneBatches.add
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation.DoneBatches, "add", lambda self, n, rows: (added.append(n), add(self, n, rows)))
-        evaluation.main([*words, "--resume"])
+        patched.setattr(resumable.DoneBatches, "add", lambda self, n, rows: (added.append(n), add(self, n, rows)))
+        eval.main([*words, "--resume"])
     assert added == list(range(2, num))
     assert not list((tmp_path / "x").glob("answers*"))
     assert (tmp_path / "x" / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
@@ -298,19 +300,19 @@ def test_blind_answers_are_of_another_clip_and_stand_apart(world, whole, tmp_pat
     found = json.loads((tmp_path / "x" / "metrics.json").read_text())
     assert found["tasks"] == json.loads((whole / "metrics.json").read_text())["tasks"]
     assert found["blind"]["predictions"] == "predictions_blind.jsonl"
-    assert found["blind"]["tasks"] == metrics.score_predictions(blind)["tasks"]
+    assert found["blind"]["tasks"] == tasks.score_predictions(blind)["tasks"]
 
 
 def test_blind_results_are_compared_with_sighted_ones_only_when_asked(world, whole, tmp_path, capsys):
-    evaluation.main(args_of(world, tmp_path / "x", "eval.blind=true", "run.self_check=false"))
+    eval.main(args_of(world, tmp_path / "x", "eval.blind=true", "run.self_check=false"))
     out = str(tmp_path / "blind.json")
-    evaluation.main(["score", str(tmp_path / "x" / "predictions_blind.jsonl"), "--out", out])
-    evaluation.main(["compare", str(whole), str(tmp_path / "x")])  # its sighted answers
+    eval.main(["score", str(tmp_path / "x" / "predictions_blind.jsonl"), "--out", out])
+    eval.main(["compare", str(whole), str(tmp_path / "x")])  # its sighted answers
     allowed = ["--allow", "blind"]
     with pytest.raises(SystemExit, match=r"different specifications: blind \(None, True\)\. --allow KEY"):
-        evaluation.main(["compare", str(tmp_path / "x"), out])
+        eval.main(["compare", str(tmp_path / "x"), out])
     capsys.readouterr()
-    evaluation.main(["compare", str(tmp_path / "x"), out, *allowed])
+    eval.main(["compare", str(tmp_path / "x"), out, *allowed])
     assert "tvg: n" in capsys.readouterr().out
 
 
@@ -320,8 +322,8 @@ def test_blind_results_are_compared_with_sighted_ones_only_when_asked(world, who
 def test_several_answers_are_sampled_by_id_and_scored_by_mean_and_best(world, tmp_path):
     """A question's answers do not depend on the batch that it stands in."""
     more = ("eval.num_answers=3", "eval.temperature=2.0")
-    evaluation.main(args_of(world, tmp_path / "a", *more))
-    evaluation.main(args_of(world, tmp_path / "b", *more, "eval.batch_size=3"))
+    eval.main(args_of(world, tmp_path / "a", *more))
+    eval.main(args_of(world, tmp_path / "b", *more, "eval.batch_size=3"))
     a, b = (read_jsonl(tmp_path / name / "predictions.jsonl") for name in "ab")
     assert [row["responses"] for row in a] == [row["responses"] for row in b]
     assert all(len(row["responses"]) == 3 and "response" not in row for row in a)
@@ -343,7 +345,7 @@ def test_several_answers_are_sampled_by_id_and_scored_by_mean_and_best(world, tm
 )
 def test_values_that_make_no_sense_are_refused(world, tmp_path, overrides, reason):
     with pytest.raises(SystemExit, match=reason):
-        evaluation.main(args_of(world, tmp_path / "x", *overrides))
+        eval.main(args_of(world, tmp_path / "x", *overrides))
 
 
 # ---- specification and comparison ----------------------------------------------------------------------------------
@@ -365,12 +367,12 @@ def test_the_specification_says_how_the_numbers_came_about(whole):
 def two_results(world, whole, sft_run, tmp_path_factory):
     """metrics.json of the world's random model and of one that was tuned a little."""
     folder = tmp_path_factory.mktemp("eval") / "tuned"
-    evaluation.main(args_of(world, folder, model=sft_run / "final"))
+    eval.main(args_of(world, folder, model=sft_run / "final"))
     return [str(path / "metrics.json") for path in (whole, folder)]
 
 
 def test_compare_is_paired_by_sample(two_results, capsys):
-    evaluation.main(["compare", *two_results])
+    eval.main(["compare", *two_results])
     lines = capsys.readouterr().out.splitlines()
     a, b = (json.loads(Path(path).read_text())["tasks"] for path in two_results)
     assert [line.partition(":")[0] for line in lines if ": n " in line] == list(a)
@@ -402,13 +404,13 @@ def test_compare_by_hand(tmp_path, capsys):
     """Ten questions become right and five wrong, in another order of rows: +10 of 50, and an interval around that."""
     a = {i: int(i < 25) for i in range(50)}
     b = dict(sorted({i: int(5 <= i < 35) for i in range(50)}.items(), reverse=True))
-    evaluation.main(["compare", write_result(tmp_path / "a", a), write_result(tmp_path / "b", b)])
+    eval.main(["compare", write_result(tmp_path / "a", a), write_result(tmp_path / "b", b)])
     first, second, difference, low, high = shown(capsys, "accuracy")
     assert (first, second, difference) == (50, 60, 10) and low < 0 < 10 < high
-    evaluation.main(["compare", str(tmp_path / "b"), str(tmp_path / "a")])
+    eval.main(["compare", str(tmp_path / "b"), str(tmp_path / "a")])
     assert shown(capsys, "accuracy")[2] == -10
     better = write_result(tmp_path / "c", {i: int(right or i in (30, 40)) for i, right in a.items()})
-    evaluation.main(["compare", str(tmp_path / "a"), better, str(tmp_path / "b")])
+    eval.main(["compare", str(tmp_path / "a"), better, str(tmp_path / "b")])
     numbers = shown(capsys, "accuracy")
     assert numbers[:4] == [50, 54, 60, 4] and numbers[4] >= 0 and numbers[6] == 10
 
@@ -418,56 +420,56 @@ def test_compare_pairs_what_both_have_scored(tmp_path, capsys):
     skip = {"unanswered": "skip"}
     a = write_result(tmp_path / "a", {0: 1, 1: 0, 2: None, 3: 1}, **skip)
     b = write_result(tmp_path / "b", {0: 1, 1: 1, 2: 0, 3: None}, **skip)
-    evaluation.main(["compare", a, b])
+    eval.main(["compare", a, b])
     assert shown(capsys, "accuracy")[:3] == [66.67, 66.67, 50]
     other = write_result(tmp_path / "c", {7: 1})
     with pytest.raises(SystemExit, match="two results have no sample in common"):
-        evaluation.main(["compare", write_result(tmp_path / "d", {0: 1}), other])
+        eval.main(["compare", write_result(tmp_path / "d", {0: 1}), other])
 
 
 def test_compare_refuses_other_specifications_and_names_the_keys(world, whole, tmp_path, capsys):
     other = args_of(world, tmp_path / "other", "prompt.mcqa='Q: {question}'", "video.fps=1.0")
-    evaluation.main(other)
+    eval.main(other)
     results = [str(whole / "metrics.json"), str(tmp_path / "other" / "metrics.json")]
     with pytest.raises(SystemExit) as stop:
-        evaluation.main(["compare", *results])
+        eval.main(["compare", *results])
     message = str(stop.value)
     assert "prompt.mcqa (" in message and "video.fps (2.0, 1.0)" in message and "prompt_hash" not in message
     assert "model" not in message and "--allow KEY" in message
     with pytest.raises(SystemExit, match=r"video\.fps"):
-        evaluation.main(["compare", *results, "--allow", "prompt"])
+        eval.main(["compare", *results, "--allow", "prompt"])
     capsys.readouterr()
-    evaluation.main(["compare", *results, "--allow", "prompt", "--allow", "video"])
+    eval.main(["compare", *results, "--allow", "prompt", "--allow", "video"])
     assert "tvg: n" in capsys.readouterr().out
 
 
 def test_compare_refuses_another_test_set(world, whole, tmp_path):
-    evaluation.main(args_of(world, tmp_path / "other", f"data.test={world}/tvg_test.yaml"))
+    eval.main(args_of(world, tmp_path / "other", f"data.test={world}/tvg_test.yaml"))
     with pytest.raises(SystemExit, match=r"data_hash .*num_samples"):
-        evaluation.main(["compare", str(whole / "metrics.json"), str(tmp_path / "other" / "metrics.json")])
+        eval.main(["compare", str(whole / "metrics.json"), str(tmp_path / "other" / "metrics.json")])
 
 
 def test_compare_names_files_that_it_cannot_use(whole, tmp_path):
     good, bad = str(whole / "metrics.json"), tmp_path / "bad.json"
     with pytest.raises(SystemExit, match="at least two results"):
-        evaluation.main(["compare", good])
+        eval.main(["compare", good])
     for content, reason in (("{", "not a metrics.json"), ("[]", "not a metrics.json"), ("{}", "not a metrics.json")):
         bad.write_text(content)
         with pytest.raises(SystemExit, match=f"{bad}: {reason}"):
-            evaluation.main(["compare", good, str(bad)])
+            eval.main(["compare", good, str(bad)])
     bad.write_text((whole / "metrics.json").read_text())
     with pytest.raises(SystemExit, match=f"{bad}: its predictions are not there"):
-        evaluation.main(["compare", good, str(bad)])
+        eval.main(["compare", good, str(bad)])
 
 
 def test_scored_again_is_compared_as_it_was(whole, two_results, tmp_path, capsys):
     """The specification goes with the predictions, and a changed way to score them is a difference."""
     tagged, text = tmp_path / "tagged.json", tmp_path / "text.json"
-    evaluation.main(["score", str(whole / "predictions.jsonl"), "--out", str(tagged)])
-    evaluation.main(["score", str(whole / "predictions.jsonl"), "--out", str(text), "--answer", "tagged_or_text"])
-    evaluation.main(["compare", two_results[1], str(tagged)])
+    eval.main(["score", str(whole / "predictions.jsonl"), "--out", str(tagged)])
+    eval.main(["score", str(whole / "predictions.jsonl"), "--out", str(text), "--answer", "tagged_or_text"])
+    eval.main(["compare", two_results[1], str(tagged)])
     with pytest.raises(SystemExit, match="answer \\('tagged', 'tagged_or_text'\\)"):
-        evaluation.main(["compare", two_results[1], str(text)])
+        eval.main(["compare", two_results[1], str(text)])
 
 
 def test_published_predictions_are_scored_against_the_records(world, whole, tmp_path, capsys):
@@ -479,18 +481,18 @@ def test_published_predictions_are_scored_against_the_records(world, whole, tmp_
     found = {}
     for mode in ("wrong", "skip"):
         words = ["--data", str(records), "--unanswered", mode]
-        evaluation.main(["score", str(predictions), "--out", str(tmp_path / f"{mode}.json"), *words])
+        eval.main(["score", str(predictions), "--out", str(tmp_path / f"{mode}.json"), *words])
         found[mode] = json.loads((tmp_path / f"{mode}.json").read_text())["tasks"]["mcqa"]
     num = len(truth)
     assert found["wrong"]["n"] == num and found["wrong"]["num_missing"] == found["skip"]["num_missing"] == 1
     assert found["wrong"]["accuracy"] == pytest.approx(100 * (num - 1) / num)
     assert (found["skip"]["n"], found["skip"]["num_skipped"], found["skip"]["accuracy"]) == (num - 1, 1, 100)
     assert "1 with no prediction" in capsys.readouterr().out
-    evaluation.main(["compare", str(tmp_path / "wrong.json"), str(tmp_path / "wrong.json")])
+    eval.main(["compare", str(tmp_path / "wrong.json"), str(tmp_path / "wrong.json")])
     for extra, reason in (({"id": "nobody"}, "is not in"), (rows[0], "is repeated")):
         predictions.write_text("".join(json.dumps(row) + "\n" for row in [*rows, extra]))
         with pytest.raises(SystemExit, match=f"row {num}: key 'id': .* {reason}"):
-            evaluation.main(["score", str(predictions), "--out", str(tmp_path / "x.json"), "--data", str(records)])
+            eval.main(["score", str(predictions), "--out", str(tmp_path / "x.json"), "--data", str(records)])
 
 
 def test_values_are_percent_of_the_mean(whole):
@@ -498,5 +500,5 @@ def test_values_are_percent_of_the_mean(whole):
     found = json.loads((whole / "metrics.json").read_text())["tasks"]
     rows = read_jsonl(whole / "predictions.jsonl")
     for task, values in found.items():
-        mine = [metrics.sample_values(row) for row in rows if row["task"] == task]
+        mine = [tasks.sample_values(row) for row in rows if row["task"] == task]
         assert values["parse_fail"] == pytest.approx(100 * np.mean([value["parse_fail"] for value in mine]))

@@ -10,7 +10,7 @@ import test_selfcheck
 from conftest import REPO
 from cuda_kernels import emulate
 
-import attention
+from model import attention
 
 MISSING = ("omegaconf", "decord", "av", "diskcache", "pebble", "deepspeed")
 BLOCKED = f"""

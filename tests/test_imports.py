@@ -1,4 +1,4 @@
-"""Imports point one way: the table of who may import whom, no file that hides a package, and packages to do without."""
+"""Imports point down only, in three storeys; no file hides a package; and what a program can do without."""
 
 import ast
 import importlib
@@ -10,74 +10,24 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-CORE = {"config", "data", "records", "prompts", "loader", "policy", "rollout", "rewards", "reward_functions", "grpo"}
-CORE |= {"pretrained", "run", "engine", "optim", "selfcheck", "signals", "clock", "arguments", "checkpoint"}
-MAY_IMPORT = {
-    "train_grpo": CORE | {"eval", "plan", "groups", "progress"},
-    "groups": {"config", "grpo", "reward_functions", "rewards", "rollout"},
-    "progress": {"config", "groups", "grpo", "prompts", "records", "rewards", "run", "timelines"},
-    "clock": set(),
-    "train_sft": CORE - {"rollout", "reward_functions", "grpo"} | {"eval", "plan"},
-    "select_data": CORE | {"batches", "environment", "scores", "selection", "video", "workers"},
-    "batches": {"records", "run"},
-    "scores": {"loader", "pretrained", "records", "run"},
-    "selection": {"grpo"},
-    "eval": CORE - {"grpo"}
-    | {"environment", "video", "workers", "batches", "blind", "metrics", "compare", "plain", "splits"},
-    "blind": {"data", "metrics", "records"},
-    "splits": {"records"},
-    "metrics": {"plain", "rewards"},
-    "plain": {"rewards"},
-    "compare": {"metrics", "data", "settings"},
-    "convert": {"records", "sources"},
-    "sources": {"records"},
-    "plan": {"config", "costs", "data", "dryrun", "engine", "lengths", "policy", "pretrained", "prompts"}
-    | {"records", "video"},
-    "costs": {"config", "dryrun", "engine", "lengths", "optim", "policy", "prompts", "video"},
-    "dryrun": {"attention", "config", "policy", "pretrained", "prompts", "rollout"},
-    "lengths": {"manifest", "prompts", "readers", "records", "video"},
-    "report": {"arguments", "blind", "checkpoint", "compare", "curves", "metrics", "samples", "settings"},
-    "samples": {"readers", "rewards", "video"},
-    "curves": set(),
-    "timelines": {"rewards"},
-    "tiny": {"data", "video"},
-    "arguments": {"config", "metrics", "plain", "settings"},
-    "config": {"settings"},
-    "settings": set(),
-    "rewards": set(),
-    "reward_functions": {"rewards"},
-    "grpo": set(),
-    "run": {"checkpoint", "engine", "environment", "settings", "signals"},
-    "engine": {"checkpoint", "watchdog"},
-    "checkpoint": set(),
-    "watchdog": set(),
-    "signals": set(),
-    "environment": set(),
-    "selfcheck": CORE & {"loader", "policy", "prompts", "records", "rollout", "run"}
-    | {"attention", "environment", "kernelcheck", "settings", "video", "workers"},
-    "kernelcheck": {"attention"},
-    "optim": set(),
-    "data": {"records", "manifest", "readers"},
-    "records": set(),
-    "manifest": {"records", "video", "workers"},
-    "prompts": {"config", "records", "video", "cache"},
-    "loader": {"config", "data", "records", "prompts", "video", "workers"},
-    "workers": set(),
-    "video": {"cache", "readers"},
-    "readers": set(),
-    "cache": set(),
-    "attention": set(),
-    "policy": {"attention", "config", "prompts"},
-    "pretrained": {"arguments", "checkpoint", "config", "policy"},
-    "rollout": {"attention", "config", "prompts", "policy", "grpo"},
-    "jobs": set(),
-    "seeds": {"metrics"},
-    "arms": {"config", "data", "jobs", "metrics", "records", "rewards"},
+GROUND = {"records", "video", "model", "runtime"}
+CORE = {"groups", "grpo", "rewards", "answers", "reward_functions", "rollout", "policy", "data", "prompts", "config"}
+CORE |= {"step_log"}
+AROUND = {"metrics", "selection", "preflight", "page"}
+COMMANDS = {"train_grpo", "train_sft", "select_data", "eval", "convert", "report", "tiny"}
+TOP = {"experiments"}  # stands above the commands; nothing imports it
+MAY_IMPORT = {  # the rooms that a storey's files may import, beside their own room
+    **dict.fromkeys(GROUND, GROUND | {"config"}),
+    **dict.fromkeys(CORE, CORE | GROUND),
+    **dict.fromkeys(AROUND, AROUND | CORE | GROUND),
+    **dict.fromkeys(COMMANDS, AROUND | CORE | GROUND),
+    **dict.fromkeys(TOP, COMMANDS | AROUND | CORE | GROUND),
+    "config": set(),
+    "tiny": {"data", "video"},  # ordinary files are all that it writes, so nothing else knows of it
 }
-FILES = sorted(REPO.glob("*.py"))
-OURS = {path.stem for path in FILES}
-TOPS = {"demo", "ablations", "tiny"}  # nothing imports them
-FREE = {"demo", "ablations"}  # they may import anything, and write the tiny world
+PACKAGES = sorted(path.parent for path in REPO.glob("*/__init__.py"))
+FILES = sorted([*REPO.glob("*.py"), *(file for folder in PACKAGES for file in folder.glob("*.py"))])
+ROOMS = {path.stem for path in REPO.glob("*.py")} | {folder.name for folder in PACKAGES}
 
 
 WITHOUT_A_RUN = """
@@ -88,56 +38,67 @@ sys.modules |= dict.fromkeys(("omegaconf", "decord", "av", "diskcache", "pebble"
 for name in sys.argv[2:]:
     importlib.import_module(name)
 
-import config, pretrained, prompts, rollout, tiny, video
-from records import Sample
+import config, policy, prompts, rollout, tiny
+from records.record import Sample
+from video.budget import read_geometry
+from video.frames import Frames
 
 folder = pathlib.Path(sys.argv[1])
 tiny.write_model(folder, seed=0, family="qwen2_5_vl")
-policy = pretrained.load_policy(config.ModelConfig(path=str(folder)))
+policy = policy.load_policy(config.ModelConfig(path=str(folder)))
 spec, wording = config.VideoConfig(), config.PromptConfig()
-builder = prompts.PromptBuilder(policy.tokenizer, video.read_geometry(str(folder)), spec, wording, None)
-frames = video.Frames(np.zeros((4, 3, 28, 56), np.uint8), np.arange(4) / 2, 1.0, 0)
+builder = prompts.PromptBuilder(policy.tokenizer, read_geometry(str(folder)), spec, wording, None)
+frames = Frames(np.zeros((4, 3, 28, 56), np.uint8), np.arange(4) / 2, 1.0, 0)
 prompt = builder.prompt(Sample("a", "tvg", "", "When is the red square visible?"), frames)
 rollout.generate(policy, [prompt], policy.embed_each([prompt]), 2, 3, 1)
 """
 
 
+def room_of(path: Path) -> str:
+    return path.stem if path.parent == REPO else path.parent.name
+
+
+def module_of(path: Path) -> str:
+    return path.stem if path.parent == REPO else f"{path.parent.name}.{path.stem}".removesuffix(".__init__")
+
+
 def imports(path: Path) -> set[str]:
-    """First names of the modules a file imports, inside functions too."""
+    """Full names of the modules that a file imports, inside functions too; of `from a import b` both a and a.b."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: a relative import, but there is no package"
-            names.add(node.module.partition(".")[0])
+            assert node.level == 0, f"{path.name}: a relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def rooms_in(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names} & ROOMS
 
 
 def test_the_imports_are_found(tmp_path):
     path = tmp_path / "x.py"
     path.write_text("import os.path, json as j\nfrom a.b import c\ndef f():\n    import late\n")
-    assert imports(path) == {"os", "json", "a", "late"}
-    assert {"data", "policy", "run", "torch"} <= imports(REPO / "train_grpo.py")
+    assert imports(path) == {"os.path", "json", "a.b", "a.b.c", "late"}
+    assert {"config", "data", "policy", "runtime", "metrics"} <= rooms_in(imports(REPO / "train_grpo.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_imports_only_what_the_table_allows(path):
-    if path.stem in FREE:
-        return
-    assert path.stem in MAY_IMPORT, f"{path.name} is not in the table"
-    assert imports(path) & OURS <= MAY_IMPORT[path.stem]
+def test_every_room_has_a_storey():
+    assert GROUND | CORE | AROUND | COMMANDS | TOP == ROOMS == MAY_IMPORT.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_nothing_imports_the_tiny_world_or_what_is_run_with_it(path):
-    """The embedded default is ordinary files; only what writes them knows where they come from."""
-    allowed = {"tiny"} if path.stem in FREE else set()
-    assert imports(path) & TOPS <= allowed
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_imports_point_down(path):
+    """So no command imports another one, and a file of the ground floor knows nothing of GRPO."""
+    room = room_of(path)
+    assert rooms_in(imports(path)) - {room} <= MAY_IMPORT[room]
 
 
 def test_there_is_no_circle():
-    edges = {path.stem: imports(path) & OURS for path in FILES}
+    names = {module_of(path): path for path in FILES}
+    edges = {name: (imports(path) & names.keys()) - {name} for name, path in names.items()}
     while leaves := [name for name, targets in edges.items() if not targets & edges.keys()]:
         for name in leaves:
             del edges[name]
@@ -145,27 +106,49 @@ def test_there_is_no_circle():
 
 
 def test_rewards_and_grpo_stand_alone():
-    assert imports(REPO / "rewards.py") <= sys.stdlib_module_names
-    assert imports(REPO / "grpo.py") == {"torch"}
+    assert imports(REPO / "answers.py") <= {*sys.stdlib_module_names, *imports(REPO / "answers.py") - ROOMS}
+    assert rooms_in(imports(REPO / "answers.py")) == set()
+    assert rooms_in(imports(REPO / "rewards.py")) == {"answers"}
+    assert {name.partition(".")[0] for name in imports(REPO / "grpo.py")} <= {"torch", "config"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_no_file_hides_a_module(path, monkeypatch):
-    """A script's folder comes first on sys.path: `select.py` or `datasets.py` would be found in place of theirs."""
-    assert path.stem not in sys.stdlib_module_names
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() not in (REPO, REPO / "tests")])
+def test_every_package_says_what_is_in_it_and_hands_nothing_on():
+    """One docstring: a folder without an `__init__.py` loses to any installed package of its name."""
+    for folder in PACKAGES:
+        (only,) = ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body
+        assert isinstance(only, ast.Expr) and isinstance(only.value.value, str), folder.name
+    assert not list((REPO / "tests").rglob("__init__.py"))  # tests/model/__init__.py would hide the package `model`
+
+
+@pytest.mark.parametrize("name", sorted(ROOMS))
+def test_no_room_hides_a_module(name, monkeypatch):
+    """A script's folder comes first on sys.path: `select.py` or `datasets/` would be found in place of theirs."""
+    assert name not in sys.stdlib_module_names
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if REPO not in (Path(p or "."), *Path(p or ".").parents)])
     importlib.invalidate_caches()
-    found = importlib.machinery.PathFinder.find_spec(path.stem, sys.path)
-    assert found is None, f"{path.name} hides {found.origin}"
+    found = importlib.machinery.PathFinder.find_spec(name, sys.path)
+    assert found is None or found.origin is None, f"{name} hides {found.origin}"
+
+
+PUBLIC = {  # what DESIGN.md lets other code rely on
+    "rewards": "temporal_iou temporal_iop parse_answer parse_choice parse_segments score Reward",
+    "grpo": "group_advantages kl_estimate policy_loss group_stats",
+    "config": "load",
+    "data": "read_samples",
+    "policy": "rope_positions packed_logps",
+    "rollout": "generate",
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions_are_where_others_look_for_them(name):
+    module = importlib.import_module(name)
+    assert not [function for function in PUBLIC[name].split() if not callable(getattr(module, function))]
 
 
 def test_a_program_without_a_run_needs_no_package_of_runs_and_files(tmp_path):
     """A benchmark on a machine that has only torch and Hugging Face's packages imports us, and samples."""
-    command = [sys.executable, "-c", WITHOUT_A_RUN, str(tmp_path / "model"), *sorted(OURS)]
+    modules = sorted(map(module_of, FILES))
+    command = [sys.executable, "-c", WITHOUT_A_RUN, str(tmp_path / "model"), *modules]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-
-
-def test_every_folder_is_plain():
-    """No package: a file is imported by its own name."""
-    assert not list(REPO.glob("*/__init__.py")) and not (REPO / "__init__.py").exists()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-import jobs
-from jobs import Job, run_all
+from experiments import jobs
+from experiments.jobs import Job, run_all
 
 START = (
     "import sys, pathlib; folder = pathlib.Path(sys.argv[-1].removeprefix('run.dir=')); folder.mkdir(parents=True); "

@@ -1,4 +1,4 @@
-"""What attention.py hands to the kernels of a GPU: tried on a CPU, by an emulation of what these kernels read."""
+"""What model/attention.py hands to the kernels of a GPU: tried on a CPU, by an emulation of what these kernels read."""
 
 import copy
 import importlib
@@ -11,10 +11,9 @@ from cuda_kernels import CudaKernels, emulate, forward
 from test_attention import SCALE, completions_inputs, dense, draw
 from test_update import UPDATE, recorded_rollout
 
-import attention
-import kernelcheck
 import train_grpo
-from attention import (
+from model import attention
+from model.attention import (
     CompletionAttention,
     SharedPrompt,
     attend,
@@ -23,8 +22,9 @@ from attention import (
     group_attention,
     make_span,
 )
-from kernelcheck import attention_errors
 from policy import pad_rows
+from preflight import kernelcheck
+from preflight.kernelcheck import attention_errors
 from train_grpo import Groups
 
 KERNELS = [("flash", torch.bfloat16), ("flash", torch.float32), ("efficient", torch.float32)]

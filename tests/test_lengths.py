@@ -8,13 +8,16 @@ from conftest import PROMPT, make_policy, make_prompts
 from transformers import AutoTokenizer
 
 import config
-import lengths
-import manifest as manifest_io
-from data import read_samples, records_of
-from lengths import RoughTokenizer, measure, plan_videos
+from preflight.lengths import RoughTokenizer, measure, plan_videos
 from prompts import PromptBuilder
-from records import Sample
-from video import VideoError, decode_video, read_geometry
+from records import manifest as manifest_io
+from records.check import records_of
+from records.files import read_samples
+from records.record import Sample
+from video import readers
+from video.budget import read_geometry
+from video.frames import decode_video
+from video.readers import VideoError
 
 SPECS = {
     "recipe": Spec(),
@@ -115,9 +118,9 @@ def test_records_alone_will_do(tmp_path):
 def test_most_files_are_not_opened(world, monkeypatch):
     """A few headers tell the size of the others, whose length is the record's."""
     samples = read_samples(str(world / "tvg_train.yaml"))
-    opened, real = [], lengths.probe
-    monkeypatch.setattr(lengths, "MOST_PROBED", 5)
-    monkeypatch.setattr(lengths, "probe", lambda *file: opened.append(file) or real(*file))
+    opened, real = [], readers.probe
+    monkeypatch.setattr(readers, "MOST_PROBED", 5)
+    monkeypatch.setattr(readers, "probe", lambda *file: opened.append(file) or real(*file))
     plans, source = plan_videos(samples, config.VideoConfig(), read_geometry(str(world / "model")))
     assert 1 <= len(opened) <= 5 and all(plans)
     assert "by their files' headers; " in source and "the commonest of those" in source

@@ -17,11 +17,10 @@ import eval as evaluation
 import prompts
 import train_grpo
 import train_sft
-from data import batch_indices, spare_indices
-from loader import Loader, Order
-from records import Sample
-from video import VideoError
-from workers import Call, CallFailed
+from data import Loader, Order, batch_indices, spare_indices
+from records.record import Sample
+from video.readers import VideoError
+from video.workers import Call, CallFailed
 
 CUT, TEXT = b"", b"not a video"  # files of no bytes and of text
 

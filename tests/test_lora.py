@@ -17,11 +17,11 @@ from test_policy import assert_same_gradients, completions_for, gradients, repea
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import config
-import pretrained
-from policy import pack, packed_logps
-from pretrained import load_policy, save_model
+from model import folder
+from model.folder import save_model
+from policy import load_policy, pack, packed_logps
 from rollout import generate
-from video import read_geometry
+from video.budget import read_geometry
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0, "lora_merger": True}
 LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
@@ -165,7 +165,7 @@ def test_gradients_in_bfloat16_are_finite_and_near_those_in_float32(world, famil
 def test_an_adapter_folder_is_small_and_loads_as_the_model_it_was(world, family, tmp_path):
     """Merging adds A and B to the weights, not their output to the layer's: measured 6e-7 of a log-prob, in float32."""
     policy, base = strong_policy(world, family), source(world, family)
-    save_model(policy, tmp_path / "final", base)
+    save_model(policy.model, policy.adapter, tmp_path / "final", base)
     files = {file.name: file.stat().st_size for file in (tmp_path / "final").iterdir()}
     full = {file.name: file.stat().st_size for file in (world / "model").iterdir()}
     side_files = full.keys() - {"config.json", "model.safetensors"}
@@ -186,7 +186,7 @@ def test_an_adapter_folder_is_small_and_loads_as_the_model_it_was(world, family,
 def test_transformers_loads_an_adapter_folder_too(world, family, tmp_path):
     """It takes a folder with a config.json for a full model, so there is none."""
     policy = strong_policy(world, family)
-    save_model(policy, tmp_path / "final", source(world, family))
+    save_model(policy.model, policy.adapter, tmp_path / "final", source(world, family))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
     ids = torch.arange(20)[None]
     torch.testing.assert_close(model(input_ids=ids).logits, policy.model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
@@ -195,8 +195,8 @@ def test_transformers_loads_an_adapter_folder_too(world, family, tmp_path):
 def test_the_merged_folder_is_a_full_model_with_the_same_logits(world, family, tmp_path):
     """Measured over 6 seeds: logits differ by 1.6e-6 of the largest."""
     policy, base = strong_policy(world, family), world / source(world, family)
-    save_model(policy, tmp_path / "final", str(base))
-    pretrained.main(["merge", str(tmp_path / "final"), str(tmp_path / "merged")])
+    save_model(policy.model, policy.adapter, tmp_path / "final", str(base))
+    folder.main(["merge", str(tmp_path / "final"), str(tmp_path / "merged")])
     files = {file.name: file for file in (tmp_path / "merged").iterdir()}
     assert files.keys() == {file.name for file in base.iterdir()}
     assert all(files[f.name].read_bytes() == f.read_bytes() for f in base.iterdir() if f.suffix != ".safetensors")
@@ -216,17 +216,18 @@ def test_the_merged_folder_is_a_full_model_with_the_same_logits(world, family, t
 def test_an_adapter_on_an_adapter_and_a_full_training_run_on_one(world, tmp_path):
     """The second adapter names the first one's folder as its base; a model trained in full needs neither."""
     base, first, second = source(world, "qwen2_5_vl"), tmp_path / "first", tmp_path / "second"
-    save_model(strong_policy(world), first, base)
+    policy = strong_policy(world)
+    save_model(policy.model, policy.adapter, first, base)
     policy = load_policy(config.ModelConfig(path=str(first), **LORA)).eval()
     with torch.no_grad():
         for name, p in trained(policy).items():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
     packed = packed_for(world, policy)
-    save_model(policy, second, str(first))
+    save_model(policy.model, policy.adapter, second, str(first))
     assert {file.name for file in first.iterdir()} == {file.name for file in second.iterdir()}
     loaded = load_policy(config.ModelConfig(path=str(second))).eval()
     torch.testing.assert_close(loaded(packed)[0], policy(packed)[0], atol=1e-6, rtol=1e-6)
-    save_model(loaded, tmp_path / "full", str(second))
+    save_model(loaded.model, loaded.adapter, tmp_path / "full", str(second))
     shutil.rmtree(first)
     again = load_policy(config.ModelConfig(path=str(tmp_path / "full"))).eval()
     assert torch.equal(again(packed)[0], loaded(packed)[0])
@@ -263,12 +264,13 @@ def load(folder):
 
 def test_merging_names_what_is_wrong(world, tmp_path):
     base, adapter, out = source(world, "qwen2_5_vl"), str(tmp_path / "final"), str(tmp_path / "out")
-    save_model(strong_policy(world), adapter, base)
-    text = error_of(pretrained.main, ["merge", base, out])
+    policy = strong_policy(world)
+    save_model(policy.model, policy.adapter, adapter, base)
+    text = error_of(folder.main, ["merge", base, out])
     assert text == f"error: {base} is no adapter folder: it has no adapter_config.json"
-    assert error_of(pretrained.main, ["merge", adapter, base]) == f"error: {base} exists; give another folder"
+    assert error_of(folder.main, ["merge", adapter, base]) == f"error: {base} exists; give another folder"
     change_settings(adapter, base_model_name_or_path=f"{tmp_path}/gone")
-    text = error_of(pretrained.main, ["merge", adapter, out])
+    text = error_of(folder.main, ["merge", adapter, out])
     assert text.startswith(f"error: model.path {adapter}, an adapter of {tmp_path}/gone: ")
     assert not (tmp_path / "out").exists()
 
@@ -280,7 +282,8 @@ def change_settings(adapter, **changes):
 
 def test_loading_an_adapter_names_what_is_wrong(world, tmp_path):
     adapter = tmp_path / "final"
-    save_model(strong_policy(world), adapter, source(world, "qwen2_5_vl"))
+    policy = strong_policy(world)
+    save_model(policy.model, policy.adapter, adapter, source(world, "qwen2_5_vl"))
     weights = load_file(adapter / "adapter_model.safetensors")
     first, tensor = next(iter(weights.items()))
     rest = {name: tensor for name, tensor in weights.items() if name != first}
@@ -296,7 +299,8 @@ def test_loading_an_adapter_names_what_is_wrong(world, tmp_path):
 
 
 def test_a_relative_base_counts_from_the_working_folder(world, tmp_path, monkeypatch):
-    save_model(strong_policy(world), tmp_path / "final", source(world, "qwen2_5_vl"))
+    policy = strong_policy(world)
+    save_model(policy.model, policy.adapter, tmp_path / "final", source(world, "qwen2_5_vl"))
     change_settings(tmp_path / "final", base_model_name_or_path="./model")
     monkeypatch.chdir(world)
     load(tmp_path / "final")

@@ -20,25 +20,25 @@ from conftest import REPO
 
 import config
 import convert
-import data
 import eval as evaluation
-import pretrained
 import report
 import select_data
 import tiny
 import train_grpo
 import train_sft
-from engine import check_devices
+from model import folder
+from records import check
+from runtime.engine import check_devices
 
 PROGRAMS = {
     "train_grpo": train_grpo.main,
     "train_sft": train_sft.main,
     "select_data": select_data.main,
     "eval": evaluation.main,
-    "data": data.main,
+    "data": check.main,
     "convert": convert.main,
     "report": report.main,
-    "pretrained": pretrained.main,
+    "pretrained": folder.main,
     "tiny": tiny.main,
 }
 TVG = {"id": "a", "task": "tvg", "video": "train_0.mp4", "duration": 8.0, "question": "when?", "segments": [[1, 2]]}
@@ -336,7 +336,7 @@ def message_of(program: str, words: list[str], capsys) -> str:
 @pytest.mark.parametrize(("command", "fragments"), [row[1:] for row in MISTAKES], ids=[row[1] for row in MISTAKES])
 def test_a_mistake_costs_one_line(place, tmp_path, monkeypatch, capsys, command, fragments):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("pretrained.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr("model.folder.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     words = shlex.split(command)
     settings = dict(word.split("=") for word in words if word.partition("=")[0].isupper())
     words = words[len(settings) :]

@@ -12,7 +12,7 @@ import pytest
 from conftest import REPO
 from test_ablations import write_test
 
-import ablations
+from experiments import ablations
 
 FILES = sorted((REPO / "notebooks").glob("*.ipynb"))
 OURS = {path.stem for path in REPO.glob("*.py")}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import config
-from optim import make_optimizer, orthogonalise, set_learning_rate
+from model.optim import make_optimizer, orthogonalise, set_learning_rate
 
 
 def test_only_matrices_decay():

@@ -3,7 +3,7 @@
 import pytest
 from reward_samples import OPTIONS
 
-import rewards
+import answers
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ import rewards
     ],
 )
 def test_parse_answer(text, answer):
-    assert rewards.parse_answer(text) == answer
+    assert answers.parse_answer(text) == answer
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_parse_answer(text, answer):
     ],
 )
 def test_parse_choice(answer, letter):
-    assert rewards.parse_choice(f"<answer>{answer}</answer>", OPTIONS) == letter
+    assert answers.parse_choice(f"<answer>{answer}</answer>", OPTIONS) == letter
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_parse_choice(answer, letter):
     ],
 )
 def test_choice_against_awkward_options(options, answer, letter):
-    assert rewards.choice_from(answer, options) == letter
+    assert answers.choice_from(answer, options) == letter
 
 
 GOOD_SEGMENTS = [
@@ -173,5 +173,5 @@ BAD_SEGMENTS = [
 
 @pytest.mark.parametrize(("answer", "segments"), [*GOOD_SEGMENTS, *((answer, []) for answer in BAD_SEGMENTS)])
 def test_parse_segments(answer, segments):
-    assert rewards.parse_segments(f"<think>x</think><answer>{answer}</answer>") == segments
-    assert rewards.parse_segments(answer) == []  # without a block there is no answer
+    assert answers.parse_segments(f"<think>x</think><answer>{answer}</answer>") == segments
+    assert answers.parse_segments(answer) == []  # without a block there is no answer

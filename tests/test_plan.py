@@ -8,13 +8,13 @@ from conftest import REPO, SHARED, make_cfg, sft_cfg
 
 import config
 import convert
-import plan
 import train_grpo
 import train_sft
-from arguments import from_command_line
 from config import GrpoConfig, PlanConfig
-from costs import Launch
-from plan import GIB
+from preflight import plan
+from preflight.costs import Launch
+from preflight.plan import GIB
+from runtime.arguments import from_command_line
 
 N = 3_754_622_976  # parameters of the published Qwen2.5-VL-3B
 RECIPE = str(REPO / "configs" / "grpo_qwen2_5_vl_3b_charades.yaml")

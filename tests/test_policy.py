@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import config
-import video
-from data import read_samples
-from dryrun import META, Call, DryRun, Speed, meta_policy, score, update
-from policy import pack, packed_logps, prompt_positions, rope_positions
-from pretrained import load_policy, save_model
+from model.folder import save_model
+from model.positions import rope_positions
+from policy import load_policy, pack, packed_logps, prompt_positions
+from preflight.dryrun import META, Call, DryRun, Speed, meta_policy, score, update
 from prompts import make_builder, time_step
-from video import patchify
+from records.files import read_samples
+from video import frames
+from video.frames import patchify
 
 MROPE = json.loads((Path(__file__).parent / "golden" / "mrope.json").read_text())
 
@@ -185,7 +186,7 @@ def test_gradient_checkpointing_and_head_chunks_change_nothing(world, monkeypatc
 def test_a_step_sends_frames_to_the_device_once_and_as_bytes(world, tmp_path, monkeypatch):
     """Patches, four times as large, were made on the host and sent three times: to sample, to score and to train."""
     made = []
-    monkeypatch.setattr(video, "patchify", lambda x, geometry: made.append(x.device) or patchify(x, geometry))
+    monkeypatch.setattr(frames, "patchify", lambda x, geometry: made.append(x.device) or patchify(x, geometry))
     cfg = make_cfg(world, tmp_path, "model.freeze_vision=false")
     model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoConfig, AutoTokenizer))
     policy, reference = (meta_policy(cfg.model, model, tokenizer, 1.0) for _ in range(2))
@@ -304,7 +305,7 @@ def test_forward_mutates_no_input(world):
 
 def test_saved_folder_loads_and_carries_every_file(world, tmp_path):
     policy = make_policy(world)
-    save_model(policy, tmp_path / "final", str(world / "model"))
+    save_model(policy.model, policy.adapter, tmp_path / "final", str(world / "model"))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
     expected = policy.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())

@@ -7,10 +7,10 @@ from conftest import PROMPT
 from transformers import AutoTokenizer
 
 from config import PLAIN, THINK, PromptConfig, VideoConfig
-from data import read_samples
 from prompts import PromptBuilder, time_step, user_text
-from records import Sample
-from video import read_geometry
+from records.files import read_samples
+from records.record import Sample
+from video.budget import read_geometry
 
 
 @pytest.fixture(scope="module")

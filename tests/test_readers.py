@@ -24,7 +24,7 @@ from clips import (
 from conftest import REPO
 from PIL import Image
 
-from readers import VideoError, decodable, probe, read_av, read_decord, read_folder
+from video.readers import VideoError, decodable, probe, read_av, read_decord, read_folder
 
 READABLE = [name for name in real_files() if name not in UNREADABLE]
 UNEVEN = np.cumsum([0, *np.random.default_rng(0).integers(20, 300, 59)]) / 1000  # seconds, of 60 frames

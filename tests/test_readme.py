@@ -21,12 +21,12 @@ from conftest import REPO, make_cfg, read_jsonl, sft_cfg
 import config
 import train_grpo
 import train_sft
-from arguments import from_command_line
-from attention import make_span, shared_prefix_attention
 from config import EvalRunConfig, GrpoConfig, PlanConfig, SelectConfig, SftConfig
-from costs import read_launch
-from data import read_samples
-from records import to_sample
+from model.attention import make_span, shared_prefix_attention
+from preflight.costs import read_launch
+from records.files import read_samples
+from records.record import to_sample
+from runtime.arguments import from_command_line
 
 TEXTS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)

@@ -17,13 +17,13 @@ from PIL import Image
 from run_folders import CONFIG, HOSTILE, metrics_row, prediction, sample_row, write_evaluation, write_training
 
 import report
-import samples
-from compare import read_result
-from curves import downsample, nice_ticks, panel, sections
-from metrics import paired_interval
+from answers import parse_answer
+from metrics.compare import read_result
+from metrics.intervals import paired_interval
+from page import samples
+from page.curves import downsample, nice_ticks, panel, sections
+from page.samples import Visit, choose, cut, frames_of, pieces, read_rows, view
 from report import csp_hash, task_table
-from rewards import parse_answer
-from samples import Visit, choose, cut, frames_of, pieces, read_rows, view
 
 
 class Page(HTMLParser):

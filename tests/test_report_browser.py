@@ -9,7 +9,7 @@ from run_folders import CONFIG, HOSTILE, metrics_row, prediction, sample_row, wr
 import report
 
 pytestmark = pytest.mark.slow
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements-dev.txt)")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements/dev.txt)")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 

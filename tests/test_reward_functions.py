@@ -9,7 +9,7 @@ from reward_samples import config, sample, thought
 
 import rewards
 from config import GrpoConfig, load
-from data import Sample
+from records.record import Sample
 from reward_functions import COLUMNS, RewardFunction, RewardFunctionError, load_functions, score_all
 
 FUNCTIONS = '''

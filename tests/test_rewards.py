@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reward_samples import OPTIONS, OVERLAPS, THINK, config, sample, thought
 
+import answers
 import rewards
 from config import GrpoConfig, load
-from data import read_samples
+from records.files import read_samples
 
 
 def test_parts_and_total_by_hand():
@@ -229,6 +230,6 @@ def test_canonical_answers_parse_back_and_pay_in_full(task, letter, segments):
     assert rewards.score(text, row, config(think=False)).total == 1
     assert rewards.score(f"<think>x</think>{text}", row, config()).total == 1
     if task != "mcqa":
-        assert rewards.parse_segments(text) == segments
+        assert answers.parse_segments(text) == segments
     if task != "tvg":
-        assert rewards.parse_choice(text, OPTIONS) == letter
+        assert answers.parse_choice(text, OPTIONS) == letter

@@ -5,8 +5,9 @@ import torch
 from conftest import make_policy, make_prompts
 from test_policy import repeated_logps
 
+from model.attention import GroupLayer
 from policy import pack, packed_logps, prompt_positions
-from rollout import GroupLayer, generate, row_seed
+from rollout import generate, row_seed
 
 
 def sample(policy, prompts, group_size=3, max_new_tokens=6, micro_batch_size=8, seed=0, step=0):

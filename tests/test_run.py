@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_runs import YAML, open_run, prepared, take_step
 
-import engine
-import run as run_module
-from checkpoint import write_list
-from environment import environment
+from runtime import engine
+from runtime import run as run_module
+from runtime.checkpoint import write_list
+from runtime.environment import environment
 
 # ---- folder --------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 from prediction_rows import gqa, tvg
 
 import eval as evaluation
-import metrics
+from metrics import tasks
 
 ANNOTATIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "annotations"
 needs_annotations = pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason=f"no {ANNOTATIONS}")
@@ -100,7 +100,7 @@ def test_bad_files_and_modes_are_named(tmp_path):
     with pytest.raises(SystemExit, match=f"^error: {out}.*: No such file"):
         evaluation.main(["score", str(good), "--out", str(out)])
     with pytest.raises(ValueError, match="tagged_or_text"):
-        metrics.score_predictions([], answer="text")
+        tasks.score_predictions([], answer="text")
 
 
 @needs_annotations
@@ -124,15 +124,15 @@ def test_nextgqa_official_scorer(low, high, published):
         )
         answer = "ABCDE"[options.index(question["answer"])]
         rows.append(gqa("ABCDE"[index % 5], pred, truth, answer=answer, id=index))
-    found = metrics.score_predictions(rows)["tasks"]["gqa"]
+    found = tasks.score_predictions(rows)["tasks"]["gqa"]
     names = ("acc_gqa", "miop", "iop@0.3", "iop@0.5", "miou", "iou@0.3", "iou@0.5")
     assert found["n"] == 3358
     assert tuple(round(found[name], 1) for name in names) == published
     # the official scorer skips what has no prediction: the mean over the others, where ours counts them as wrong
     part = [row | ({"response": "", "missing": True} if i % 3 == 0 else {}) for i, row in enumerate(rows)]
-    official = metrics.score_predictions([row for row in part if "missing" not in row])["tasks"]["gqa"]
-    skip = metrics.score_predictions(part, unanswered="skip")["tasks"]["gqa"]
-    ours = metrics.score_predictions(part)["tasks"]["gqa"]
+    official = tasks.score_predictions([row for row in part if "missing" not in row])["tasks"]["gqa"]
+    skip = tasks.score_predictions(part, unanswered="skip")["tasks"]["gqa"]
+    ours = tasks.score_predictions(part)["tasks"]["gqa"]
     assert [skip[name] for name in names] == [official[name] for name in names]
     assert (skip["n"], skip["num_skipped"], ours["num_missing"], ours["n"]) == (2238, 1120, 1120, 3358)
     assert ours["miou"] == pytest.approx(official["miou"] * 2238 / 3358)
@@ -146,7 +146,7 @@ def test_charades_timechat_official_scorer():
     predictions = json.loads((folder / "example_pred_file.json").read_text(encoding="utf-8"))
     truth_of = {str(row["id"]): [row["timestamp"]] for row in truth}
     rows = [tvg(pred["timestamp"], truth_of[key], id=key) for key, pred in predictions.items()]
-    found = metrics.score_predictions(rows)["tasks"]["tvg"]
+    found = tasks.score_predictions(rows)["tasks"]["tvg"]
     assert (found["n"], found["parse_fail"]) == (500, 56)
     assert [round(found[f"r1@{threshold}"], 4) for threshold in (0.3, 0.5, 0.7)] == [9.0, 3.4, 1.4]
     assert found["miou"] == pytest.approx(6.2998, abs=5e-5)
@@ -164,7 +164,7 @@ def test_nextqa_published_accuracy():
         | {"pred_choice": "ABCDE"[row["prediction"]], "answer": "ABCDE"[row["answer"]]}
         for key, row in predictions.items()
     ]
-    result = metrics.score_predictions(rows)
+    result = tasks.score_predictions(rows)
     assert round(result["tasks"]["mcqa"]["accuracy"], 2) == 49.74
     by_type = {kind: round(block["accuracy"], 2) for kind, block in result["types"]["mcqa"].items()}
     assert by_type == {"C": 46.26, "T": 50.74, "D": 59.33}
@@ -174,6 +174,6 @@ def test_nextqa_published_accuracy():
 def test_time_r1_published_ious():
     """The training set's `difficulty` is 100 x the IoU of its published prediction, all 2,500 of them."""
     rows = json.loads(gzip.decompress((ANNOTATIONS / "tvgbench" / "train_2k5.json.gz").read_bytes()))
-    scored = [metrics.sample_values(tvg([row["pred"]], [row["timestamp"]]))["miou"] for row in rows]
+    scored = [tasks.sample_values(tvg([row["pred"]], [row["timestamp"]]))["miou"] for row in rows]
     assert len(rows) == 2500
     assert [100 * value for value in scored] == pytest.approx([row["difficulty"] for row in rows], abs=1e-6)

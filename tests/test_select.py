@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 import config
 import select_data
 import train_grpo
-from arguments import from_command_line
-from data import read_samples
-from records import Sample, to_record
+from records.files import read_samples
+from records.record import Sample, to_record
 from rewards import parses
+from runtime.arguments import from_command_line
 
 FINAL = ("scores.jsonl", "selected.jsonl", "rejected.jsonl", "summary.json", "histogram.png")
 TRAIN_2K5 = SHARED / "data" / "annotations" / "tvgbench" / "train_2k5.json.gz"
@@ -179,9 +179,10 @@ def test_parse_failures_are_answers_that_cannot_be_read():
 
 KILLED = """
 import os, signal, sys
-import batches, select_data
+import select_data
+from runtime.resumable import DoneBatches
 places, argv = sys.argv[1].split(","), sys.argv[2:]
-add, write_text, num = batches.DoneBatches.add, select_data.write_text, 0
+add, write_text, num = DoneBatches.add, select_data.write_text, 0
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 def killed_add(self, number, rows):
@@ -201,7 +202,7 @@ def killed_write(path, text):
     write_text(path, text)
     if where == "merged" and path.name == "scores.jsonl":
         die()
-batches.DoneBatches.add, select_data.write_text = killed_add, killed_write
+DoneBatches.add, select_data.write_text = killed_add, killed_write
 for where in places:
     if os.fork() == 0:
         select_data.main(argv)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from config import RuleConfig
 from grpo import group_std
-from selection import REASONS, Item, check_kept, choose, counts_by_stratum, largest_remainder, plot, reason, table
+from selection.rules import REASONS, Item, check_kept, choose, counts_by_stratum, largest_remainder, plot, reason, table
 
 RIGHT, WRONG, MIXED = (1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0)
 

@@ -13,20 +13,19 @@ import torch
 from conftest import REPO, make_cfg, make_policy, metrics_of, open_run, read_jsonl, sft_cfg, weights_of, write_data
 from cuda_kernels import emulate
 
-import attention
 import config
-import data
 import eval as evaluation
-import policy as policy_file
 import rollout
 import select_data
-import selfcheck
 import train_grpo
 import train_sft
-from loader import make_workers
-from policy import Policy
-from pretrained import load_policy
+from data import make_workers
+from model import attention
+from model import positions as policy_file
+from policy import Policy, load_policy
+from preflight import selfcheck
 from prompts import make_builder
+from records import files
 
 TEXT = b"this is no video\n" * 100
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
@@ -35,7 +34,7 @@ LORA = {"lora_rank": 4, "lora_alpha": 8.0}
 def check(world, tmp_path, policy, reference=None, train="", total_pixels=None) -> None:
     """`check_model` on the first sample of a data set; it may draw nothing random."""
     cfg = make_cfg(world, tmp_path, "run.self_check=true", f"data.train={train or f'{world}/tvg_train.yaml'}")
-    samples, run = data.read_samples(cfg.data.train), open_run(cfg)
+    samples, run = files.read_samples(cfg.data.train), open_run(cfg)
     builder = make_builder(cfg, policy.tokenizer, policy.device)
     if total_pixels:
         builder.video = replace(builder.video, total_pixels=total_pixels)
@@ -130,13 +129,13 @@ def test_wrong_gradients_of_a_kernel_are_named(world, tmp_path, monkeypatch, dty
 def first_prompt_of(world, tmp_path):
     cfg = make_cfg(world, tmp_path)
     builder = make_builder(cfg, make_policy(world).tokenizer, "cpu")
-    return builder(data.read_samples(cfg.data.train)[0])
+    return builder(files.read_samples(cfg.data.train)[0])
 
 
 def test_a_gradient_that_is_no_number_is_named(world, tmp_path, monkeypatch):
     """The defect gives NaN at the shapes of released models, and a comparison with NaN is never true."""
     errors = {"values": 1e-7, "gradient of query": 1e-7, "gradient of key": float("nan"), "gradient of value": 1e-7}
-    monkeypatch.setattr("kernelcheck.attention_errors", lambda *_: errors)
+    monkeypatch.setattr("preflight.kernelcheck.attention_errors", lambda *_: errors)
     (text,) = failures(world, tmp_path, make_policy(world))
     assert "float32 allows 0.0001: gradient of key nan. Usual" in text
 

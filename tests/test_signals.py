@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-import signals
-from signals import StopRequest, command, die_of, handled, interruptible
+from runtime import signals
+from runtime.signals import StopRequest, command, die_of, handled, interruptible
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
@@ -46,7 +46,7 @@ def test_another_thread_than_the_main_one_goes_without():
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPO)}
 WAITS = """
 import sys, time
-from signals import interruptible
+from runtime.signals import interruptible
 with interruptible():
     try:
         print("there", flush=True)
@@ -104,7 +104,7 @@ def shell_loop() -> Iterator[subprocess.Popen]:
 
 SCRIPT = """
 import os, signal, sys
-import signals
+from runtime import signals
 request = signals.StopRequest(tell=True)
 with signals.handled(request):
     for number in (signal.SIGTERM, signal.SIGINT):  # the second is the first one again, so soon after it

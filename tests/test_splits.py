@@ -6,9 +6,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import read_samples
-from records import Sample
-from splits import counts_of, even_shares, shared, spread
+from metrics.validation import counts_of, even_shares, shared, spread
+from records.files import read_samples
+from records.record import Sample
 
 
 def samples_of(*groups):

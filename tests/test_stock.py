@@ -27,8 +27,10 @@ import eval as evaluation
 import tiny
 import train_grpo
 import train_sft
-from policy import pack, prompt_positions, rope_positions
-from pretrained import load_policy, save_model
+from metrics import predictions
+from model.folder import save_model
+from model.positions import rope_positions
+from policy import load_policy, pack, prompt_positions
 from prompts import time_step
 
 MROPE = json.loads((Path(__file__).parent / "golden" / "mrope.json").read_text())
@@ -75,7 +77,7 @@ def test_training_and_evaluation_ask_the_same_of_the_same_sample(world, tmp_path
     test = [f"data.test={data}", "eval.max_new_tokens=4", "eval.batch_size=4"]
     by_grpo = record_prompts(monkeypatch, train_grpo, "generate")
     by_sft = record_prompts(monkeypatch, train_sft, "pack")
-    by_eval = record_prompts(monkeypatch, evaluation, "generate")
+    by_eval = record_prompts(monkeypatch, predictions, "generate")
     train_grpo.train(config.load(config.GrpoConfig, grpo, [*common, *train, f"run.dir={tmp_path}/grpo"]))
     in_sft = [override for override in train if not override.startswith(("rollout", "loss"))]
     train_sft.train(config.load(config.SftConfig, [], [*common, *in_sft, f"run.dir={tmp_path}/sft"]))
@@ -245,7 +247,7 @@ def test_names_and_files_are_those_of_the_base_whatever_its_layout(world, family
     base = make_base(world, family, layout, tmp_path / "base")
     dtype = "bfloat16" if layout == "bfloat16" else "float32"
     policy = moved_policy(base, dtype=dtype)
-    save_model(policy, tmp_path / "out", str(base))
+    save_model(policy.model, policy.adapter, tmp_path / "out", str(base))
     assert_ordinary(tmp_path / "out", base, getattr(torch, dtype))
     assert ("lm_head.weight" in names_in(tmp_path / "out")) == (layout == "untied")
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()  # one file holds it all
@@ -290,7 +292,7 @@ def test_shards_of_ours_come_with_an_index_of_ours(world, tmp_path):
     base = make_base(world, "qwen2_5_vl", "sharded", tmp_path / "base")
     policy = moved_policy(base)
     policy.model.save_pretrained = partial(policy.model.save_pretrained, max_shard_size="1MB")
-    save_model(policy, tmp_path / "out", str(base))
+    save_model(policy.model, policy.adapter, tmp_path / "out", str(base))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 3 and shards == sorted(set(index.values()))
@@ -321,12 +323,12 @@ def test_of_a_hub_id_every_side_file_is_carried(world, tmp_path, monkeypatch):
         assert any(fnmatch("model.safetensors", pattern) for pattern in ignore_patterns)
         return str(snapshot)
 
-    monkeypatch.setattr("pretrained.snapshot_download", download)
+    monkeypatch.setattr("model.folder.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     policy = moved_policy("tiny/world")
     assert all((snapshot / name).exists() for name in later)  # before training, not when it is over
-    save_model(policy, tmp_path / "out", "tiny/world")
+    save_model(policy.model, policy.adapter, tmp_path / "out", "tiny/world")
     assert_ordinary(tmp_path / "out", base)
 
 

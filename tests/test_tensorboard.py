@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_grpo
 from config import RunConfig
-from run import Run
-from timelines import completions_text, draw_timelines
+from runtime.run import Run
+from step_log import completions_text, draw_timelines
 
 
 def test_tensorboard_has_scalars_time_lines_completions_and_the_configuration(world, tmp_path):

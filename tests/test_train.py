@@ -13,10 +13,10 @@ import config
 import eval as evaluation
 import train_grpo
 import train_sft
-from clock import restart_peak
-from data import read_samples
-from records import FIELDS, to_sample
-from samples import frames_for, views_of
+from page.samples import frames_for, views_of
+from records.files import read_samples
+from records.record import FIELDS, to_sample
+from runtime.clock import restart_peak
 
 CLIPS = {
     "llamafactory/1.mp4": 3.0,

@@ -22,18 +22,19 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-import engine
 import train_grpo
 import train_sft
 from config import DataConfig, GrpoConfig, PromptConfig
-from data import batch_indices, read_samples, refill_indices
+from data import batch_indices, refill_indices
 from grpo import group_advantages
 from policy import Policy, pack, packed_logps
-from progress import frac_nearly_equal
-from records import Sample
+from records.files import read_samples
+from records.record import Sample
 from rewards import score
 from rollout import Rollout
-from run import Run
+from runtime import engine
+from runtime.run import Run
+from step_log import frac_nearly_equal
 from train_grpo import Alarm, Groups, choose_groups
 
 NO_CLIPPING = "optim.grad_clip=1e9"

@@ -33,10 +33,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import readers
-import video
-from cache import FrameCache
-from video import Geometry, VideoError, check_video, decode_video, load_video, patchify, plan, probe, resize
+from video import budget, frames, readers
+from video.budget import Geometry, plan
+from video.cache import FrameCache
+from video.frames import check_video, decode_video, load_video, patchify, resize
+from video.readers import VideoError, probe
 
 GOLDEN = Path(__file__).parent / "golden"
 SAMPLING = json.loads((GOLDEN / "qwen_sampling.json").read_text())
@@ -44,7 +45,7 @@ PIXEL_CASES = json.loads((GOLDEN / "pixels.json").read_text())["cases"]
 READERS = {"decord": readers.read_decord, "PyAV": readers.read_av}
 
 
-def brightness(loaded: video.Video) -> list[int]:
+def brightness(loaded: frames.Video) -> list[int]:
     """Mean pixel value of each temporal grid step, on the scale 0 to 255, green channel."""
     area = QWEN2.patch_size**2 * QWEN2.temporal_patch_size
     green = loaded.patches.view(loaded.grid_thw[0], -1, 3, area)[:, :, 1].mean((1, 2))
@@ -61,25 +62,25 @@ def result_or_error(function, *args, **kwargs):
 
 def test_smart_resize_equals_the_reference():
     rows = SAMPLING["smart_resize [h,w,factor,min_pixels,max_pixels,result]"]
-    wrong = [row for row in rows if result_or_error(video.smart_resize, *row[:5]) != row[5]]
+    wrong = [row for row in rows if result_or_error(budget.smart_resize, *row[:5]) != row[5]]
     assert len(rows) == 300 and not wrong
 
 
 def test_smart_nframes_equals_the_reference():
     rows = SAMPLING["smart_nframes [spec,total_frames,video_fps,result]"]
-    wrong = [row for row in rows if result_or_error(video.smart_nframes, *row[1:3], **row[0]) != row[3]]
+    wrong = [row for row in rows if result_or_error(budget.smart_nframes, *row[1:3], **row[0]) != row[3]]
     assert len(rows) == 300 and not wrong
 
 
 def test_smart_functions_refuse_what_cannot_be():
     with pytest.raises(ValueError, match="aspect ratio"):
-        video.smart_resize(10, 2001, 28, 3136, 50176)
+        budget.smart_resize(10, 2001, 28, 3136, 50176)
     with pytest.raises(ValueError, match="frames of 9x7 pixels"):
-        video.smart_resize(7, 9, 28, 3136, 50176)
+        budget.smart_resize(7, 9, 28, 3136, 50176)
     with pytest.raises(ValueError, match="max_pixels=100 is below"):
-        video.smart_resize(100, 100, 28, 3136, 100)
+        budget.smart_resize(100, 100, 28, 3136, 100)
     with pytest.raises(ValueError, match="8 frames to sample, but the video has 7"):
-        video.smart_nframes(7, 30.0, nframes=8)
+        budget.smart_nframes(7, 30.0, nframes=8)
 
 
 @real_clips
@@ -208,7 +209,7 @@ def test_plan_keeps_its_limits(total, fps, height, width, tokens):
 def test_even_frames_are_those_of_qwen_vl_utils(total, fps, wanted):
     """Their float32 rounding included; the same times given as times choose the same frames, but for that rounding."""
     chosen = plan(total, fps, 56, 56, Spec(fps=wanted), QWEN2)
-    frames = video.smart_nframes(total, fps, fps=wanted) if total > 4 else 4
+    frames = budget.smart_nframes(total, fps, fps=wanted) if total > 4 else 4
     assert list(chosen.frame_indices) == torch.linspace(0, total - 1, frames).round().int().tolist()
     timed = plan(total, fps, 56, 56, Spec(fps=wanted), QWEN2, times=np.arange(total) / fps)
     assert np.abs(np.subtract(chosen.frame_indices, timed.frame_indices)).max() <= (total > 4000)
@@ -253,15 +254,15 @@ def test_uneven_frames_by_hand():
 
 def test_geometry_comes_from_the_model_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=tmp_path.name):
-        video.read_geometry(tmp_path)
+        budget.read_geometry(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(asdict(QWEN2)))
-    assert video.read_geometry(tmp_path) == QWEN2
+    assert budget.read_geometry(tmp_path) == QWEN2
     other = replace(QWEN2, patch_size=16)
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(asdict(other)))
-    assert video.read_geometry(tmp_path) == other, "the video's own file comes first"
+    assert budget.read_geometry(tmp_path) == other, "the video's own file comes first"
     (tmp_path / "video_preprocessor_config.json").write_text('{"patch_size": 14}')
     with pytest.raises(ValueError, match="merge_size"):
-        video.read_geometry(tmp_path)
+        budget.read_geometry(tmp_path)
 
 
 def test_load_a_clip_of_known_frames(tmp_path):
@@ -297,11 +298,11 @@ def test_bad_limits_name_the_file(tmp_path):
 @pytest.fixture(params=READERS)
 def reader(request, monkeypatch) -> str:
     """Either reader first."""
-    monkeypatch.setattr(video, "read_decord", READERS[request.param])
+    monkeypatch.setattr(frames, "read_decord", READERS[request.param])
     return request.param
 
 
-def red_times(frames: video.Frames) -> np.ndarray:
+def red_times(frames: frames.Frames) -> np.ndarray:
     means = frames.frames.mean((2, 3))
     return frames.times[means[:, 0] > means[:, 1] + 100]
 
@@ -356,7 +357,7 @@ def test_either_reader_gives_the_same_video(name, monkeypatch):
     """Whatever decord is not trusted with is PyAV's both times."""
     spec = Spec(max_frames=8, max_pixels=50176)
     first = decode_video(VIDEOS / name, spec, QWEN2)
-    monkeypatch.setattr(video, "read_decord", readers.read_av)
+    monkeypatch.setattr(frames, "read_decord", readers.read_av)
     second = decode_video(VIDEOS / name, spec, QWEN2)
     assert np.array_equal(first.frames, second.frames) and np.array_equal(first.times, second.times)
 
@@ -481,7 +482,7 @@ def test_a_cached_load_is_equal_and_opens_no_video(tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("opened a video")
 
-    monkeypatch.setattr(video, "probe", refuse)
+    monkeypatch.setattr(frames, "probe", refuse)
     second = load_video(path, spec, QWEN2, (0, 4.5), cache)
     assert torch.equal(first.patches, second.patches)
     assert replace(first, patches=None) == replace(second, patches=None)
@@ -529,13 +530,13 @@ def test_a_damaged_cache_entry_is_decoded_again(tmp_path):
 
 PEAK = """
 import re, sys
-import video
+from video import frames
 from clips import QWEN2, Spec
 
 if sys.argv[2] == "PyAV":
-    video.read_decord = video.read_av
-frames = video.decode_video(sys.argv[1], Spec(max_frames=64), QWEN2)
-assert len(frames.times) == 64 and frames.times[-1] > 595
+    frames.read_decord = frames.read_av
+decoded = frames.decode_video(sys.argv[1], Spec(max_frames=64), QWEN2)
+assert len(decoded.times) == 64 and decoded.times[-1] > 595
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 

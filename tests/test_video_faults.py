@@ -9,7 +9,8 @@ import pytest
 from clips import QWEN2, VIDEOS, Spec, scrolling, write_clip
 from pebble import ProcessExpired, ProcessPool
 
-from video import Frames, VideoError, check_video, decode_video
+from video.frames import Frames, check_video, decode_video
+from video.readers import VideoError
 
 NUM_FILES = 1000
 LIMIT_S = 20.0  # for one file

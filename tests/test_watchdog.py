@@ -12,8 +12,8 @@ import pytest
 from conftest import REPO
 from torch.distributed import TCPStore
 
-import watchdog
-from watchdog import Watchdog
+from runtime import watchdog
+from runtime.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -115,9 +115,9 @@ def test_work_of_a_silent_process_is_not_waited_for(dogs):
 
 WORK = """
 import datetime, os, signal, sys, time
-import engine
-from batches import DoneBatches
-from records import Sample
+from records.record import Sample
+from runtime import engine
+from runtime.resumable import DoneBatches
 from small_runs import open_run
 
 rank, work = int(os.environ["RANK"]), sys.argv[2]

@@ -13,7 +13,7 @@ import failing
 import pytest
 from conftest import REPO
 
-from workers import CallFailed, Workers
+from video.workers import CallFailed, Workers
 
 BROKEN = {
     "killed": "the process that read it died (signal 9)",
@@ -112,7 +112,7 @@ import sys
 print("imported", flush=True)
 sys.path[:0] = [{repo!r}, {tests!r}]
 import failing
-from workers import Workers
+from video.workers import Workers
 
 with Workers(failing.shout, 2, timeout_s=1000.0) as workers:
     pids = {{workers.result(call)[1] for call in workers.ahead([("slow",)] * 6, window=6)}}

@@ -1,4 +1,5 @@
-"""What DeepSpeed holds of a small bfloat16 model, set up as engine.py does, in bytes a parameter; for test_costs.py.
+"""What DeepSpeed holds of a small bfloat16 model, set up as runtime/engine.py does, in bytes a parameter; for
+test_costs.py.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/zero_memory.py STAGE
 """

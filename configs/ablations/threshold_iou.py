@@ -1,6 +1,7 @@
 """A reward function in TRL's form: 1 from an IoU of 0.5 on, else 0; see threshold.yaml."""
 
-from rewards import parse_answer, parse_segments, temporal_iou
+from answers import parse_answer, parse_segments
+from rewards import temporal_iou
 
 THRESHOLD = 0.5
 

@@ -1,0 +1,1 @@
+"""The demo and the ablations. They may import anything, and nothing imports them."""

@@ -1,0 +1,1 @@
+"""From a model's answers to numbers: values, intervals, comparisons, floors, and the validation of a training."""

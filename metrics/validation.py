@@ -1,0 +1,128 @@
+"""Two splits side by side: the validation samples that are answered, and what they share with the training set.
+
+Both are pure functions of the samples. Nothing to run.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from data import read_ahead
+from metrics.predictions import predict
+from metrics.tasks import MAIN_METRIC, score_predictions
+from model.folder import save_model
+from policy import Policy
+from prompts import Prompt, PromptBuilder
+from records.files import read_samples
+from records.record import Sample, source_of
+from runtime.resumable import cut
+from runtime.run import Run, warn
+from video.workers import Workers
+
+
+def spread(samples: Sequence[Sample], num: int) -> list[Sample]:
+    """`num` of the samples in their order, as evenly over the tasks as they allow, and within a task over its sources.
+
+    Those of one source are evenly spaced, so that all of its files have a part. All samples where there are no more.
+    """
+    places: dict[str, dict[str, list[int]]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(sample.task, {}).setdefault(source_of(sample), []).append(place)
+    chosen = []
+    by_task = even_shares([sum(map(len, sources.values())) for sources in places.values()], num)
+    for sources, share in zip(places.values(), by_task):
+        for all_of, few in zip(sources.values(), even_shares([len(p) for p in sources.values()], share)):
+            chosen += [all_of[i * len(all_of) // few] for i in range(few)]
+    return [samples[place] for place in sorted(chosen)]
+
+
+def even_shares(sizes: Sequence[int], num: int) -> list[int]:
+    """`num` shared out as evenly as groups of these sizes allow: what a small one cannot give, the others do.
+
+    >>> even_shares([148, 52, 148], 200), even_shares([3, 3, 3], 4), even_shares([2, 1], 9)
+    ([74, 52, 74], [1, 1, 2], [2, 1])
+    """
+    shares = [0] * len(sizes)
+    for rank, group in enumerate(sorted(range(len(sizes)), key=lambda group: sizes[group])):
+        shares[group] = min(sizes[group], (num - sum(shares)) // (len(sizes) - rank))
+    return shares
+
+
+def counts_of(samples: Sequence[Sample]) -> str:
+    """How many samples there are of each task and source, in their order.
+
+    >>> counts_of([Sample("a/1", "tvg", "", ""), Sample("b", "mcqa", "", ""), Sample("a/2", "tvg", "", "")])
+    'tvg/a 2, mcqa 1'
+    """
+    counts = Counter("/".join(filter(None, (sample.task, source_of(sample)))) for sample in samples)
+    return ", ".join(f"{name} {num}" for name, num in counts.items())
+
+
+def shared(train: Sequence[Sample], validation: Sequence[Sample]) -> tuple[int, int]:
+    """How many validation records are in the training set, by their content, and how many validation videos are.
+
+    Ids say nothing: two files may both be numbered from 0.
+    """
+    real = {video: os.path.realpath(video) for video in {sample.video for sample in (*train, *validation)}}
+    contents = {_content(sample, real) for sample in train}
+    records = sum(_content(sample, real) in contents for sample in validation)
+    return records, len({real[sample.video] for sample in train} & {real[sample.video] for sample in validation})
+
+
+def _content(sample: Sample, real: Mapping[str, str]) -> Sample:
+    """The sample without what may differ between two copies of one record, and with the real path of its video."""
+    return replace(sample, id="", video=real[sample.video], type="", source="", response=None, extra=None)
+
+
+class Validator:
+    """Metrics on the validation samples every `eval.every` steps; the model with the best mean of them is kept.
+
+    The mean is over tasks, of `MAIN_METRIC`. `state` survives a resume. The samples are `eval.num_samples` of the
+    validation set, evenly over tasks and sources; what they share with the training set `train` is a warning.
+    """
+
+    def __init__(self, cfg, builder: PromptBuilder, workers: Workers, run: Run, train: Sequence[Sample]):
+        self.cfg, self.builder, self.workers, self.run = cfg, builder, workers, run
+        self.state = {"best": run.state.get("best", -1.0)}
+        self.samples = []
+        if cfg.data.validation and cfg.eval.every:
+            self.samples = read_samples(cfg.data.validation, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
+        num = len(self.samples)
+        if cfg.eval.num_samples:
+            self.samples = spread(self.samples, cfg.eval.num_samples)
+        if self.samples and run.is_main:
+            print(f"validation: {len(self.samples)} of {num} records: {counts_of(self.samples)}")
+            records, videos = shared(train, self.samples)
+            if records or videos:
+                warn(f"{records} validation records and {videos} validation videos are in the training set as well")
+
+    def __call__(self, step: int, policy: Policy) -> dict[str, float]:
+        """`validation/<task>/<metric>` when it is time after `step` steps, else nothing."""
+        if not self.samples or step % self.cfg.eval.every:
+            return {}
+        engine = self.run.engine
+        with engine.phase("validation"), engine.whole_weights(self.cfg.model.gather_weights) as whole:
+            rows = engine.gather_rows(self._predict_mine(policy, whole))
+        tasks = score_predictions(rows, self.cfg.eval.answer)["tasks"]
+        mean = sum(tasks[task][MAIN_METRIC[task]] for task in tasks) / len(tasks)
+        if mean > self.state["best"] and self.run.write_folder(
+            "best",
+            lambda folder, weights: save_model(policy.model, policy.adapter, folder, self.cfg.model.path, weights),
+        ):
+            self.state["best"] = mean
+        named = {
+            f"validation/{task}/{name}": v for task in tasks for name, v in tasks[task].items() if isinstance(v, float)
+        }
+        return named | {"validation/score": mean, "validation/num_unreadable": float(sum("error" in r for r in rows))}
+
+    def _predict_mine(self, policy: Policy, whole: bool) -> list[dict]:
+        """The rows of this process's share; unless the weights are `whole`, as many batches as every other process."""
+        rank, world_size, cfg = self.run.engine.rank, self.run.engine.world_size, self.cfg.eval
+        batches, stand_in = cut(self.samples[rank::world_size], cfg.batch_size), None
+        if not whole:
+            loaded = read_ahead(self.samples, self.builder, self.workers, 1)
+            stand_in = next((prompt for prompt in loaded if isinstance(prompt, Prompt)), None)
+            batches += [[]] * (len(cut(self.samples[::world_size], cfg.batch_size)) - len(batches))
+        predicted = predict(policy, batches, self.builder, self.workers, cfg, stand_in=stand_in)
+        return [row for rows in predicted for row in rows]

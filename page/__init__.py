@@ -1,0 +1,1 @@
+"""What stands on the page of report.py: curves and samples."""

@@ -1,0 +1,261 @@
+"""What a training step costs one device: memory by phase, FLOPs and seconds, under the engine that trains it.
+
+Not a measurement. A step's own tensors are those of the training code (preflight/dryrun.py); what a device holds all
+the time, in bytes, with N parameters of b bytes each (the reference's are N more), T of them trained, W processes:
+
+                 weights    gradients    optimizer               buffers
+    one process  b N        b T          what it makes           -
+    DDP          b N        b T          likewise                b T: gradients in DDP's buckets
+    ZeRO-2       b N        4 T / W      12 T / W: float32       b x reduce_bucket_size, while gradients are reduced
+    ZeRO-3       b N / W    4 T / W      weights and AdamW       b x (that + stage3_max_live_parameters)
+
+While ZeRO-3 samples, the weights are there whole as well. What is offloaded is on the host. The patches of a step's
+videos are on the device from the first phase to the last. With group.max_refills the patches of every round are
+counted, because all earlier groups may be dead.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from config import GrpoConfig, SftConfig
+from model.optim import make_optimizer
+from policy import Policy
+from preflight.dryrun import META, Call, DryRun, Phase, Speed, meta_policy, optimize, sample, score, update
+from preflight.lengths import Length
+from prompts import Prompt
+from runtime.engine import use_deepspeed
+from video.frames import Video
+
+SUB_GROUP = 1_000_000_000  # elements that ZeRO-3's optimizer updates at a time
+SAMPLING = ("vision", "prefill", "decode", "sampler", "validation")
+SCORING = ("reference", "forward", "head", "backward")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes of a run and what they shard."""
+
+    processes: int = 1
+    stage: int = 0  # ZeRO's; 0: every process holds everything
+    offload_optimizer: bool = False  # to the host
+    offload_params: bool = False
+    bucket: int = 500_000_000  # elements of DeepSpeed's reduce_bucket_size
+    live: int = 1_000_000_000  # of its stage3_max_live_parameters
+
+    def __str__(self) -> str:
+        if not self.stage:
+            return "one process" if self.processes == 1 else f"DDP, {self.processes} processes"
+        offloaded = [name for name in ("optimizer", "params") if getattr(self, f"offload_{name}")]
+        where = f", {' and '.join(offloaded)} on the host" if offloaded else ""
+        return f"ZeRO-{self.stage}, {self.processes} process{'es' * (self.processes > 1)}{where}"
+
+
+def read_launch(file: str = "") -> Launch:
+    """Of an accelerate configuration file; without one, of the process that `accelerate launch` started.
+
+    Raises FileNotFoundError, or ValueError for a file that cannot be read or an engine that is not ours.
+    """
+    if not file:
+        names = ("zero_stage", "offload_optimizer_device", "offload_param_device")
+        given = {name: os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}") for name in names}
+        given["deepspeed_config_file"] = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        return _zero_launch(processes, given, "ACCELERATE_*") if use_deepspeed() else Launch(processes)
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"accelerate configuration {file} not found")
+    try:
+        read = load_config_from_file(file)
+    except (yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file}: not a configuration of accelerate: {' '.join(str(error).split())}") from None
+    kind, processes = str(getattr(read.distributed_type, "value", read.distributed_type)), read.num_processes
+    if processes < 1:
+        raise ValueError(f"{file}: num_processes is {processes}")
+    if kind == "DEEPSPEED":
+        return _zero_launch(processes, read.deepspeed_config, file)
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise ValueError(f"{file}: distributed_type {kind} is not planned for: DDP and DeepSpeed are")
+    return Launch(processes)
+
+
+def _zero_launch(processes: int, given: dict, where: str) -> Launch:
+    """`given` is the section deepspeed_config of accelerate's file, or the variables made of it."""
+    zero = {"stage": given.get("zero_stage") or 2}
+    zero |= {f"offload_{name}": {"device": given.get(f"offload_{name}_device")} for name in ("optimizer", "param")}
+    if given.get("deepspeed_config_file"):
+        zero = json.loads(Path(given["deepspeed_config_file"]).read_text(encoding="utf-8"))["zero_optimization"]
+    if int(zero["stage"]) not in (2, 3):
+        raise ValueError(f"{where}: ZeRO-{zero['stage']} is not planned for: 2 and 3 are")
+    on_host = [
+        (zero.get(f"offload_{name}") or {}).get("device") not in (None, "none") for name in ("optimizer", "param")
+    ]
+    sizes = {"bucket": zero.get("reduce_bucket_size"), "live": zero.get("stage3_max_live_parameters")}
+    sizes = {name: int(size) for name, size in sizes.items() if size not in (None, "auto")}
+    return Launch(processes, int(zero["stage"]), *on_host, **sizes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training step in which all videos have one length and all completions another.
+
+    Decoding has a length of its own: rows that have ended keep running until the longest of them ends.
+    """
+
+    cfg: GrpoConfig | SftConfig
+    launch: Launch
+    model: object  # the model's configuration
+    tokenizer: object
+    length: Length
+    num_new: int  # tokens of a completion
+    num_decoded: int  # tokens of the longest completion
+    speed: Speed
+    device: str  # "cuda" or "cpu"
+    capability: tuple[int, int] = (8, 0)  # CUDA compute capability, which decides how attention is computed
+
+    @cached_property
+    def policy(self) -> Policy:
+        temperature = self.cfg.rollout.temperature if isinstance(self.cfg, GrpoConfig) else 1.0
+        return meta_policy(self.cfg.model, self.model, self.tokenizer, temperature)
+
+    @property
+    def share(self) -> int:
+        """Videos of a process in a step."""
+        return self.cfg.data.batch_size // self.launch.processes
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """They come one by one as activations go: with a second micro-batch they are there from the start."""
+        return not self.launch.stage and self.share <= self.cfg.data.micro_batch_size
+
+    def prompts(self, num: int) -> list[Prompt]:
+        """So many prompts, each with its video's patches."""
+        vision, length = self.model.vision_config, self.length
+        size = math.prod(length.grid_thw), 3 * vision.temporal_patch_size * vision.patch_size**2
+        patches = [torch.empty(size, device=META) for _ in range(num)]
+        ids = [0] * length.before + [self.model.video_token_id] * length.video + [0] * length.after
+        videos = [Video(x, length.grid_thw, 1.0, [], length.video, 0) for x in patches]
+        return [Prompt(length.sample, ids, length.before, video) for video in videos]
+
+    def _dry_run(self) -> DryRun:
+        return DryRun(self.speed, self.device, self.capability)
+
+    @cached_property
+    def state(self) -> tuple[int, Phase]:
+        """Bytes of the optimizer's state on one device, and what its step takes beside it."""
+        trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad) / self.launch.processes
+        if self.launch.stage:
+            work = 4 * trained if self.launch.stage == 2 else 8 * min(trained, SUB_GROUP)
+            seconds = 28 * trained / self.speed.bytes  # 16 bytes of a parameter are read, 12 written
+            on_host = self.launch.offload_optimizer
+            return (0, Phase()) if on_host else (int(12 * trained), Phase(peak=int(work), seconds=seconds))
+        optimizer, run = make_optimizer(self.policy, self.cfg.optim), self._dry_run()
+        for group in optimizer.param_groups:
+            group["foreach"] = self.device == "cuda"  # as torch chooses: all parameters in one call
+        state, phase = optimize(run, optimizer), run.phases["optimizer"]
+        return state, replace(phase, held=0, peak=phase.peak - state)
+
+    @cached_property
+    def resident(self) -> dict[str, int]:
+        """Bytes that a device holds from step to step, see the head of this file."""
+        cfg, launch, params = self.cfg, self.launch, list(self.policy.parameters())
+        weights, num_trained = sum(p.nbytes for p in params), sum(p.numel() for p in params if p.requires_grad)
+        gradients = sum(p.nbytes for p in params if p.requires_grad)
+        buffers = gradients if launch.processes > 1 else 0
+        if launch.stage:
+            size = params[0].itemsize
+            gradients = 0 if launch.offload_optimizer else 4 * num_trained // launch.processes
+            buffers = size * min(launch.bucket, num_trained)
+        if launch.stage == 3:
+            buffers += size * min(launch.live, sum(p.numel() for p in params))
+            weights = 0 if launch.offload_params else weights // launch.processes
+        has_reference = isinstance(cfg, GrpoConfig) and cfg.loss.beta > 0 and not cfg.model.lora_rank
+        found = {"weights": weights, "reference": weights * has_reference, "gradients": gradients}
+        return found | {"optimizer": self.state[0], "buffers": buffers}
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint of all processes, but for random states and the like."""
+        params = list(self.policy.parameters())
+        weights, num_trained = sum(p.nbytes for p in params), sum(p.numel() for p in params if p.requires_grad)
+        if not self.launch.stage:
+            return weights + self.state[0]
+        if self.launch.stage == 3:  # what is trained is there in float32 alone
+            weights = sum(p.nbytes for p in params if not p.requires_grad)
+        return weights + 12 * num_trained
+
+    @property
+    def host(self) -> int:
+        """Bytes of a process that DeepSpeed keeps on the host: what is offloaded."""
+        launch, params = self.launch, list(self.policy.parameters())
+        trained = sum(p.numel() for p in params if p.requires_grad)
+        weights = sum(p.nbytes for p in params) if launch.offload_params else 0
+        return (weights + (16 * trained if launch.offload_optimizer else 0)) // launch.processes
+
+    @cached_property
+    def run(self) -> tuple[dict[str, Phase], int]:
+        """The phases of a step on one device, and the bytes of the KV cache at its largest."""
+        cfg, policy, run, cache, share = self.cfg, self.policy, self._dry_run(), 0, self.share
+        is_grpo, num = isinstance(cfg, GrpoConfig), min(cfg.data.micro_batch_size, share)
+        entropy_grad = False
+        with run:
+            prompts = self.prompts(share * (1 + cfg.group.max_refills) if is_grpo else share)
+            call = Call(prompts[:num], (), 1, self.num_new, share / num)
+            if is_grpo:
+                run.begin("vision")
+                embeds = policy.embed_each(prompts[:share])
+                some = min(cfg.rollout.micro_batch_size, share)
+                group_size = cfg.rollout.group_size
+                sampled = Call(prompts[:some], embeds[:some], group_size, self.num_decoded, share / some)
+                cache = sample(run, policy, sampled)
+                frozen = policy.vision_is_frozen
+                call = replace(call, embeds=embeds[:num] if frozen else (), group_size=group_size)
+                entropy_grad = cfg.loss.entropy != 0
+                if cfg.loss.beta:
+                    score(run, policy, call)
+                call = replace(call, repeat=call.repeat * cfg.loss.updates_per_rollout)
+            update(run, policy, call, entropy_grad, self.keeps_gradients)
+        for p in policy.parameters():
+            p.grad = None
+        patches, optimizer = sum(prompt.video.patches.nbytes for prompt in prompts), self.state[1]
+        phases = run.phases | {"optimizer": replace(optimizer, held=patches, peak=patches + optimizer.peak)}
+        if cfg.data.validation and cfg.eval.every:
+            phases["validation"] = Phase(held=patches, peak=patches + self._validation())
+        return phases, cache
+
+    def _validation(self) -> int:
+        """Bytes at the most, of greedy answers to as many prompts as `eval` asks at a time."""
+        cfg, policy, run = self.cfg.eval, self.policy, self._dry_run()
+        num = min(cfg.batch_size, -(-(cfg.num_samples or cfg.batch_size) // self.launch.processes))
+        with run:
+            run.begin("vision")
+            prompts = self.prompts(num)
+            sample(run, policy, Call(prompts, policy.embed_each(prompts), 1, cfg.max_new_tokens, 1))
+        return max(phase.peak for phase in run.phases.values())
+
+    @cached_property
+    def totals(self) -> dict[str, int]:
+        """Bytes of a device at the most, in every phase: what it holds all the time and what the phase takes."""
+        return {name: self._resident_in(name) + phase.peak for name, phase in self.run[0].items()}
+
+    def _resident_in(self, phase: str) -> int:
+        held, launch = self.resident, self.launch
+        total = held["weights"] + held["reference"] + held["optimizer"]
+        if launch.stage == 3 or phase == "optimizer" or (phase in SCORING and not self.keeps_gradients):
+            total += held["gradients"]  # else they are cleared after a step
+        if launch.stage != 2 or phase in SCORING:
+            total += held["buffers"]
+        if launch.stage == 3 and phase in SAMPLING:
+            total += sum(p.nbytes for p in self.policy.parameters())
+        return total
+
+    @property
+    def peak(self) -> tuple[str, int]:
+        """The phase with the most memory, and its bytes."""
+        return max(self.totals.items(), key=lambda item: item[1])

@@ -1,0 +1,109 @@
+"""Command lines of the programs that import torch, and the one line that a user's error ends a program with.
+
+Such a program reads its arguments twice. The first time is before its other imports, which take seconds, so that
+`--help` and a misspelt key take none. The second time is in its `main`.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_type_hints
+
+from config import ANSWER_MODES, UNANSWERED_MODES, ConfigT, EvalRunConfig, PlanConfig, load, split_overrides
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a user can mend (a config key, a path, a record) ends the program with one line, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+@dataclass(frozen=True)
+class _Planned:
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+
+@user_errors()
+def from_command_line(
+    config_class: type[ConfigT], argv: list[str] | None, doc: str, default: str
+) -> tuple[ConfigT, bool, PlanConfig | None]:
+    """Parse `[--config FILE ...] [--resume] [--plan [FILE]] [section.key=value ...]`.
+
+    Returns the config, `resume`, and what --plan assumes, None without it. Without --config the file `default` of this
+    repository is read.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", nargs="+", default=[], action="extend", metavar="FILE", help="YAML; later files win"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.dir")
+    parser.set_defaults(plan=None)
+    if "optim" in get_type_hints(config_class):  # it trains
+        text = "print tokens, memory and time instead of training; FILE is that of `accelerate launch`"
+        parser.add_argument("--plan", nargs="?", const="", metavar="FILE", help=text)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    files, overrides = split_overrides(args.config + args.overrides)
+    engine, more = split_overrides([args.plan] if args.plan else [])  # `--plan a.b=1` names no file
+    assumed = [f"plan.engine={file}" for file in engine]
+    assumed += [text for text in overrides + more if text.startswith("plan.")]
+    if assumed and args.plan is None:
+        raise ValueError(f"override {assumed[0]!r} is for --plan")
+    planned = None if args.plan is None else load(_Planned, [], assumed).plan
+    overrides = [text for text in overrides + more if not text.startswith("plan.")]
+    return load(config_class, files or [str(REPO / default)], overrides), args.resume, planned
+
+
+@user_errors()
+def of_eval(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """Parse the arguments of eval.py: `command` is run, score or compare, and `cfg` is the configuration of run."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("run", help="answers of a model, and their metrics")
+    command.add_argument("--config", nargs="+", default=[], action="extend", metavar="FILE", help="later win")
+    command.add_argument("--resume", action="store_true", help="go on with a run.dir that was stopped")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.set_defaults(command="run")
+    command = commands.add_parser("score", help="metrics from stored predictions, without a model")
+    command.add_argument("predictions", help="predictions.jsonl")
+    command.add_argument("--out", required=True, help="metrics.json to write")
+    command.add_argument("--data", help="records with the truth; those without a prediction count too")
+    command.add_argument("--answer", choices=ANSWER_MODES, help="what counts as the answer; default: as in the run")
+    command.add_argument("--unanswered", choices=UNANSWERED_MODES, help="what becomes of no answer; default: as there")
+    command.set_defaults(command="score")
+    command = commands.add_parser("compare", help="results side by side, differences with paired intervals")
+    command.add_argument("results", nargs="+", metavar="metrics.json", help="the first one is subtracted")
+    command.add_argument("--allow", action="append", default=[], metavar="KEY", help="may differ; a section for all")
+    command.set_defaults(command="compare")
+    args, rest = parser.parse_known_args(argv)
+    if args.command != "run" or any(word.startswith("-") for word in rest):
+        args = parser.parse_args(argv)  # which names what it does not know
+    elif rest:
+        args.overrides += rest  # overrides on both sides of an option
+    if args.command == "run":
+        args.cfg = load(EvalRunConfig, *split_overrides(args.config + args.overrides))
+    return args
+
+
+def of_merge(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """Parse the arguments of model/folder.py: `adapter` and `out`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(required=True).add_parser("merge", help="write the full model of an adapter folder")
+    command.add_argument("adapter", help="folder with an adapter_config.json")
+    command.add_argument("out", help="folder to write")
+    return parser.parse_args(argv)
+
+
+def of_gpu(argv: list[str] | None, doc: str) -> argparse.Namespace:
+    """Parse the arguments of benchmarks/gpu.py: `shrink` and `out`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shrink", action="store_true", help="small shapes, for a CPU or to try it out")
+    parser.add_argument("--out", default="runs/gpu", metavar="DIR", help="folder that receives gpu.json")
+    return parser.parse_args(argv)
