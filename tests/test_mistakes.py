@@ -276,6 +276,7 @@ MISTAKES = [
     ("select", "select_data run.dir=no_config", ["run.dir no_config exists and is not of a selection; give another"]),
     # evaluations
     ("eval", "eval run data.test=nowhere.jsonl", ["data file nowhere.jsonl not found"]),
+    ("eval", "eval run data.floor=nowhere.jsonl", ["data.floor names nowhere.jsonl", "convert.py", "`data.floor=`"]),
     ("eval", "eval run run.dir=no_config", ["run.dir no_config exists; give --resume"]),
     ("eval", "eval score nowhere.jsonl --out o.json", ["nowhere.jsonl: No such file"]),
     ("eval", "eval score predictions.jsonl --out o.json", ["predictions.jsonl: row 1: key 'segments'"]),
