@@ -59,6 +59,8 @@ def from_command_line(
     if assumed and args.plan is None:
         raise ValueError(f"override {assumed[0]!r} is for --plan")
     planned = None if args.plan is None else load(_Planned, [], assumed).plan
+    if planned and planned.engine and not Path(planned.engine).is_file():
+        raise FileNotFoundError(f"accelerate configuration {planned.engine} not found")
     overrides = [text for text in overrides + more if not text.startswith("plan.")]
     return load(config_class, files or [str(Path(__file__).parent / default)], overrides), args.resume, planned
 

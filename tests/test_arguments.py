@@ -80,6 +80,13 @@ def test_a_wrong_plan_is_told_before_torch(program, words, message):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {message}\n")
 
 
+def test_a_plan_for_a_launch_file_that_is_not_there_is_told_before_torch():
+    for words in ("--plan nowhere.yaml", "--plan plan.engine=nowhere.yaml"):
+        done = started(f"train_grpo.py {words}")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "error: accelerate configuration nowhere.yaml not found\n"
+
+
 @pytest.mark.parametrize("name", ["charades_sta", "activitynet", "nextgqa"])
 def test_a_floor_whose_file_is_not_there_is_told_before_torch(tmp_path, name):
     (tmp_path / "configs").symlink_to(REPO / "configs")
