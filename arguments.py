@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_type_hints
 
+from blind import check_floor
 from config import EvalRunConfig, PlanConfig
 from metrics import UNANSWERED_MODES
 from plain import ANSWER_MODES
@@ -58,6 +59,8 @@ def from_command_line(
     if assumed and args.plan is None:
         raise ValueError(f"override {assumed[0]!r} is for --plan")
     planned = None if args.plan is None else load(_Planned, [], assumed).plan
+    if planned and planned.engine and not Path(planned.engine).is_file():
+        raise FileNotFoundError(f"accelerate configuration {planned.engine} not found")
     overrides = [text for text in overrides + more if not text.startswith("plan.")]
     return load(config_class, files or [str(Path(__file__).parent / default)], overrides), args.resume, planned
 
@@ -90,6 +93,9 @@ def of_eval(argv: list[str] | None, doc: str) -> argparse.Namespace:
         args.overrides += rest  # overrides on both sides of an option
     if args.command == "run":
         args.cfg = load(EvalRunConfig, *split_overrides(args.config + args.overrides))
+        is_finished = (Path(args.cfg.run.dir) / "metrics.json").is_file()  # then its metrics are only printed
+        if args.cfg.data.floor and not is_finished:
+            check_floor(args.cfg.data.floor)
     return args
 
 

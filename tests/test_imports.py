@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "curves": set(),
     "timelines": {"rewards"},
     "tiny": {"data", "video"},
-    "arguments": {"config", "metrics", "plain", "settings"},
+    "arguments": {"blind", "config", "metrics", "plain", "settings"},
     "config": {"settings"},
     "settings": set(),
     "rewards": set(),
