@@ -219,7 +219,8 @@ def task_table(task: str, group: Sequence[Evaluation]) -> dict[str, Any]:
     """Metrics of a task, the main one first: of each result [value, low, high], and so its difference to the first.
 
     `close` is the stricter metric shown beside the main one, if the task has it. `floor` is what the best constant
-    answer of a training set earns, if a result has it: in words, its main cell and its `close` cell.
+    answer of a training set earns, if a result has it: in words, its main cell and its `close` cell. `blind` has the
+    same cells, and the name, of each result whose questions were asked with another clip too.
     """
     of, main, rows = [e.content["tasks"][task] for e in group], MAIN_METRIC[task], []
     for name in sorted((n for n, value in of[0].items() if isinstance(value, float)), key=lambda n: n != main):
@@ -227,17 +228,23 @@ def task_table(task: str, group: Sequence[Evaluation]) -> dict[str, Any]:
         rows.append((name, cells, [difference(task, name, group[0].result, e.result) for e in group[1:]]))
     close = next((cells for name, cells, _ in rows if name == CLOSE), None)
     floor = next((e.content["floor"][task] for e in group if task in e.content.get("floor", {})), None)
-    shown = list(rows[0][1])
     if floor:
-        cells = [[floor.get(name), *floor.get(f"{name}_ci95", (None, None))] for name in (main, CLOSE)]
         words = f"{in_words(floor['constant'])}: the best on {floor['constant']['data']}"
-        floor = {"title": cut(words, MAX_NAME), "main": cells[0], "close": cells[1]}
-        shown.append(cells[0])
+        floor = {"title": cut(words, MAX_NAME)} | two_cells(floor, main)
+    blind = [(e.name, e.content.get("blind", {"tasks": {}})["tasks"]) for e in group]
+    blind = [{"name": name} | two_cells(tasks[task], main) for name, tasks in blind if main in tasks.get(task, {})]
+    shown = [*rows[0][1], *(row["main"] for row in [floor, *blind] if row)]
     ticks = nice_ticks(min(cell[1] for cell in shown), max(cell[2] for cell in shown))
     types = [e.content.get("types", {}).get(task, {}) for e in group]
     by_type = [(cut(name, MAX_NAME), [one.get(name, {}) for one in types]) for name in sorted(set(chain(*types)))]
     table = {"task": task, "n": of[0]["n"], "main": main, "rows": rows, "ticks": ticks, "types": by_type}
-    return table | {"close": close, "floor": floor}
+    return table | {"close": close, "floor": floor, "blind": blind}
+
+
+def two_cells(values: dict[str, Any], main: str) -> dict[str, list]:
+    """The cells [value, low, high] of the main metric and of `CLOSE` in the metrics of a task."""
+    cells = [[values.get(name), *values.get(f"{name}_ci95", (None, None))] for name in (main, CLOSE)]
+    return {"main": cells[0], "close": cells[1]}
 
 
 def paired(task: str, name: str, a: Result, b: Result) -> list[tuple[Any, float, float]]:

@@ -190,7 +190,7 @@ def run_of_test(test: str, answer: str) -> str:
 def arms_of(questions: Sequence[str]) -> list[str]:
     """The arms of these questions and those they are made from, each once, in the order of ARMS."""
     found: set[str] = set()
-    wanted = [row.arm for question in questions for row in QUESTIONS[question].prediction_rows.values()]
+    wanted = [row.arm for question in questions for row in QUESTIONS[question].rows.values()]
     while wanted:
         arm = wanted.pop()
         found.add(arm)
@@ -243,7 +243,7 @@ def training(root: Path, arm: str, seed: int) -> dict[str, float]:
 
 def summarise(question: Question, root: Path, of_seeds: Sequence[int]) -> dict[str, Any]:
     """The question's entry in results.json: its rows, as far as they are there."""
-    found = {label: {s: percent_of(root, row, s) for s in of_seeds} for label, row in question.prediction_rows.items()}
+    found = {label: {s: percent_of(root, row, s) for s in of_seeds} for label, row in question.rows.items()}
     found = {label: {s: v for s, v in by_seed.items() if v} for label, by_seed in found.items()}
     rows = {
         label: {

@@ -22,6 +22,7 @@ import report
 import tiny
 from metrics import intervals, tasks
 from metrics import rows as prediction_rows
+from runtime.arguments import user_errors
 
 WORLD = "tiny_world"
 SFT_LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # the sweep; steps are swept by keeping the best of the validations
@@ -32,6 +33,7 @@ COLUMNS = {
     "mcqa/accuracy": ("eval_{}", "mcqa", "accuracy"),
     "gqa/acc_gqa": ("eval_{}", "gqa", "acc_gqa"),
 }
+ROWS = ("floor", "base", "sft", "grpo")
 PAIRS = {"grpo - base": ("base", "grpo"), "grpo - sft": ("sft", "grpo"), "sft - base": ("base", "sft")}
 
 
@@ -176,14 +178,29 @@ def smooth(series: list[float], window: int = 20) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
+def read_results(root: Path) -> dict:
+    """The results.json of a demo. Raises ValueError for one of an older version, which lacks what the table shows."""
+    path = root / "results.json"
+    result = json.loads(path.read_text())
+    rows = result.get("rows", {})
+    missing = [key for key in ("rows", "seed", "seconds", "seen", "paired") if key not in result]
+    missing += [f"{name} {column}" for name in ROWS for column in COLUMNS if column not in rows.get(name, {})]
+    if missing:
+        raise ValueError(
+            f"{path} has no {missing[0]}, because an older version wrote it: run the demo again "
+            f"(python -m experiments.demo --dir {root} --seed {result.get('seed', 0)})"
+        )
+    return result
+
+
 def print_table(roots: list[Path]) -> None:
     """Mean over the runs (and standard deviation, where there are several), then the paired differences of each.
 
     The row `floor` is the best constant answer of the training set.
     """
-    results = [json.loads((root / "results.json").read_text()) for root in roots]
+    results = [read_results(root) for root in roots]
     print("| |" + "|".join(COLUMNS) + "|\n|---|" + "---|" * len(COLUMNS))
-    for name in ("floor", "base", "sft", "grpo"):
+    for name in ROWS:
         cells = []
         for column in COLUMNS:
             numbers = [result["rows"][name][column] for result in results]
@@ -230,7 +247,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", nargs="+", type=Path, metavar="DIR", help="only print the table over these demos")
     args = parser.parse_args(argv)
     if args.table:
-        print_table(args.table)
+        with user_errors():
+            print_table(args.table)
     else:
         run_demo(Path(args.dir), args.seed)
 

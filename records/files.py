@@ -65,6 +65,26 @@ def read_samples(
     return samples
 
 
+def read_for_floor(path: str, out_of_clip: str = "clamp", seed: int = 0) -> list[Sample]:
+    """Read the records of `path` for what needs neither videos nor every record: the best constant answers,
+    metrics/blind.py.
+
+    A record that cannot be used is left out, where `read_samples` raises, and a line for each file counts those. So is
+    one without a duration whose video cannot be opened, if its task needs a duration. Ids may be there twice.
+    Raises ValueError and FileNotFoundError for a file that cannot be read at all.
+    """
+    samples = []
+    for file, folder, strategy, where in sources_of(path, need_videos=False):
+        read = _read_file(file, folder, out_of_clip, known=None, need_videos=False, for_floor=True)
+        samples += _subset(read, strategy, where, seed)
+    return samples
+
+
+def files_of(path: str) -> list[Path]:
+    """The files of records that `path` stands for: itself, or those that a .yaml lists. Raises as `read_samples`."""
+    return [file for file, *_ in sources_of(path, need_videos=False)]
+
+
 def sources_of(path: str, videos: str | None = None, need_videos: bool = True) -> list[tuple[Path, Path, str, str]]:
     """Of every data set of `path`: file of records, folder of videos, sampling strategy, and a name for messages."""
     source = Path(path)
@@ -126,32 +146,38 @@ def _subset(samples: list[Sample], strategy: str, where: str, seed: int) -> list
     return samples[:num] if kind == "first" else samples[len(samples) - num :]
 
 
-def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | None, need_videos: bool) -> list[Sample]:
-    samples, clamped, dropped, missing = [], 0, 0, []
+def _read_file(
+    path: Path, folder: Path, out_of_clip: str, known: Manifest | None, need_videos: bool, for_floor: bool = False
+) -> list[Sample]:
+    samples, clamped, dropped, missing, left_out = [], 0, 0, [], []
     durations: dict[tuple, float] = {}  # of files, for records without one
     num_without = 0
     for row, record, outside, is_there in records_in(path, folder):
         if known is not None and known.drops(f"{path.name}:{row}", record):
             continue
-        if isinstance(record, BadRecord):
-            raise ValueError(f"{path}:{row}: {record}")
-        if lacks_duration(record):
-            num_without += 1
-            record, outside = _take_duration(record, outside, f"{path}:{row}", known, durations)
-        if outside and out_of_clip == "error":
-            raise ValueError(f"{path}:{row}: segments {outside} end after the video ({record.duration} s)")
+        try:
+            sample, outside = _usable(record, outside, out_of_clip, known, durations)
+        except ValueError as error:
+            if not for_floor:
+                raise ValueError(f"{path}:{row}: {error}") from None
+            left_out.append(f"row {row}: {error}")
+            continue
+        num_without += lacks_duration(record)
         clamped += bool(outside) and out_of_clip == "clamp"
         if outside and out_of_clip == "drop":
             dropped += 1
         else:
-            samples.append(record)
+            samples.append(sample)
             if need_videos and not is_there:
-                missing.append(f"{record.video} ({path}:{row})")
+                missing.append(f"{sample.video} ({path}:{row})")
     if missing and known is None:  # a file that was there at the check is replaced when its turn comes
         raise FileNotFoundError(
             f"{len(missing)} of {len(samples)} videos not found, the first: {missing[0]}; "
             f"`python data.py check` lists them all, and data.manifest leaves them out"
         )
+    if left_out:
+        num = len(left_out) + dropped + len(samples)
+        print(f"floor: {len(left_out)} of {num} records of {path} left out, the first: {left_out[0]}")
     if num_without:
         print(f"{path}: {num_without} records without a duration take that of their file")
     if clamped or dropped:
@@ -159,12 +185,32 @@ def _read_file(path: Path, folder: Path, out_of_clip: str, known: Manifest | Non
     return samples
 
 
+def _usable(
+    record: "Sample | BadRecord",
+    outside: list | None,
+    out_of_clip: str,
+    known: Manifest | None,
+    durations: dict[tuple, float],
+) -> tuple[Sample, list | None]:
+    """The sample of a row with its duration, and its segments as they were if they had to be clamped.
+
+    Raises ValueError with the reason alone, which does not name file and row.
+    """
+    if isinstance(record, BadRecord):
+        raise record
+    if lacks_duration(record):
+        record, outside = _take_duration(record, outside, known, durations)
+    if outside and out_of_clip == "error":
+        raise ValueError(f"segments {outside} end after the video ({record.duration} s)")
+    return record, outside
+
+
 def _take_duration(
-    sample: Sample, outside: list | None, where: str, known: Manifest | None, durations: dict[tuple, float]
+    sample: Sample, outside: list | None, known: Manifest | None, durations: dict[tuple, float]
 ) -> tuple[Sample, list | None]:
     """The sample with the duration of its file: by the manifest, else by the header, which is read once for each file.
 
-    Also its segments as they were if they had to be clamped. Raises ValueError.
+    Also its segments as they were if they had to be clamped. Raises ValueError, also where a segment lies outside.
     """
     line, file = known.file_of(sample.id) if known else None, (sample.video, sample.fps)
     try:
@@ -172,9 +218,7 @@ def _take_duration(
             durations[file] = read_duration(*file)
         found, clamped = with_duration(sample, line["duration"] if line else durations[file])
     except VideoError as error:
-        raise ValueError(f"{where}: duration is missing in the record, and its file has none: {error}") from None
-    except BadRecord as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"duration is missing in the record, and its file has none: {error}") from None
     return found, outside or ([list(segment) for segment in sample.segments] if clamped else None)
 
 

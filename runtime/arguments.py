@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from config import ANSWER_MODES, UNANSWERED_MODES, ConfigT, EvalRunConfig, PlanConfig, load, split_overrides
+from metrics.blind import check_floor
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -57,6 +58,8 @@ def from_command_line(
     if assumed and args.plan is None:
         raise ValueError(f"override {assumed[0]!r} is for --plan")
     planned = None if args.plan is None else load(_Planned, [], assumed).plan
+    if planned and planned.engine and not Path(planned.engine).is_file():
+        raise FileNotFoundError(f"accelerate configuration {planned.engine} not found")
     overrides = [text for text in overrides + more if not text.startswith("plan.")]
     return load(config_class, files or [str(REPO / default)], overrides), args.resume, planned
 
@@ -89,6 +92,9 @@ def of_eval(argv: list[str] | None, doc: str) -> argparse.Namespace:
         args.overrides += rest  # overrides on both sides of an option
     if args.command == "run":
         args.cfg = load(EvalRunConfig, *split_overrides(args.config + args.overrides))
+        is_finished = (Path(args.cfg.run.dir) / "metrics.json").is_file()  # then its metrics are only printed
+        if args.cfg.data.floor and not is_finished:
+            check_floor(args.cfg.data.floor)
     return args
 
 

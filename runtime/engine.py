@@ -76,7 +76,9 @@ def check_devices() -> None:
         raise SystemExit(0)
     cpu = "configs/accelerate/cpu2.yaml and its like, or CUDA_VISIBLE_DEVICES= before the command, train on the CPU"
     todo = f"--num_processes {gpus} after the file of `accelerate launch` starts as many" if gpus else cpu
-    raise ValueError(f"{num} processes are launched for GPUs and {gpus or 'no'} GPUs are found on this machine: {todo}")
+    launched = "1 process is" if num == 1 else f"{num} processes are"
+    found = "1 GPU is" if gpus == 1 else f"{gpus or 'no'} GPUs are"
+    raise ValueError(f"{launched} launched for GPUs and {found} found on this machine: {todo}")
 
 
 def check_batch(size: int, world_size: int) -> None:

@@ -1,5 +1,6 @@
 """Command lines: every program reads its arguments before it imports torch, and says what is wrong with them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,24 @@ def test_a_wrong_configuration_is_told_before_torch(program, words, message):
 def test_a_wrong_plan_is_told_before_torch(program, words, message):
     done = started(f"{program} {words}")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {message}\n")
+
+
+def test_a_plan_for_a_launch_file_that_is_not_there_is_told_before_torch():
+    for words in ("--plan nowhere.yaml", "--plan plan.engine=nowhere.yaml"):
+        done = started(f"train_grpo.py {words}")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "error: accelerate configuration nowhere.yaml not found\n"
+
+
+@pytest.mark.parametrize("name", ["charades_sta", "activitynet", "nextgqa"])
+def test_a_floor_whose_file_is_not_there_is_told_before_torch(tmp_path, name):
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    command = [sys.executable, "-c", START, str(REPO / "eval.py"), "run", "--config", f"configs/eval_{name}.yaml"]
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("error: data.floor names ") and "`data.floor=`" in done.stderr
+    assert "python convert.py SOURCE --annotations FILES --out " in done.stderr
 
 
 @pytest.mark.parametrize("program", OTHERS)

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from clips import grey, write_clip
 from conftest import SHARED
 
 import convert
@@ -113,6 +114,51 @@ def test_the_command_prints_a_row_for_each_task(tmp_path, capsys):
         blind.main([write(tmp_path / "other.jsonl", choice("A")), write(tmp_path / "t.jsonl", grounding(9, [2, 6]))])
     with pytest.raises(SystemExit, match=r"error: data file nowhere.jsonl not found"):
         blind.main(["nowhere.jsonl", tests])
+
+
+def test_a_floor_needs_no_videos_and_not_every_record(tmp_path, capsys):
+    """A malformed row and a record whose duration nothing tells ended an evaluation, where a floor can do without."""
+    bare = {key: value for key, value in grounding(10, [0, 9]).items() if key != "duration"}
+    outside = grounding(10, [0, 9]) | {"segments": [[20, 30]]}
+    train = write(tmp_path / "train.jsonl", grounding(10, [2, 6]), outside, bare, choice("B"), choice("E"))
+    tests = files.read_samples(write(tmp_path / "test.jsonl", grounding(100, [20, 60]), choice("B")), need_videos=False)
+    found = floor_of(train, tests)
+    assert found["tvg"]["constant"] == {"data": train, "span": [0.2, 0.6]} and found["tvg"]["miou"] == 100
+    assert found["mcqa"]["constant"] == {"data": train, "choice": "B"}
+    line = "row 2: segment [20, 30] lies outside the video (10 s)"
+    assert capsys.readouterr().out == f"floor: 3 of 5 records of {train} left out, the first: {line}\n"
+    write(tmp_path / "train.jsonl", bare)
+    assert floor_of(train, tests) == {}
+    told = capsys.readouterr().out
+    assert "floor: 1 of 1 records of " in told and "row 1: duration is missing in the record, and its file has" in told
+
+
+def test_a_record_without_a_duration_takes_that_of_its_file(tmp_path, capsys):
+    write_clip(tmp_path / "a.mp4", grey(range(50)), fps=5)  # 10 s
+    bare = {key: value for key, value in grounding(10, [2, 6]).items() if key != "duration"}
+    train = write(tmp_path / "train.jsonl", bare)
+    tests = files.read_samples(write(tmp_path / "test.jsonl", grounding(100, [20, 60])), need_videos=False)
+    assert floor_of(train, tests)["tvg"]["constant"]["span"] == [0.2, 0.6]
+    assert capsys.readouterr().out == f"{train}: 1 records without a duration take that of their file\n"
+
+
+def test_a_missing_training_set_is_named_with_what_writes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs" / "data"
+    folder.mkdir(parents=True)
+    (folder / "x.yaml").write_text("datasets: [{json_path: ../../data/x_train.jsonl, data_folder: ../../data/videos}]")
+    for data, words in {
+        "configs/data/x.yaml": ["data.floor names data/x_train.jsonl,", "FILES --out data/x_train.jsonl`"],
+        "data/x.jsonl": ["data.floor names data/x.jsonl,", "--out data/x.jsonl`"],
+        "configs/y.yaml": ["data.floor names configs/y.yaml,", "give another path"],
+        "configs": ["data.floor names configs,", "give another path"],
+        "tiny_world/mix_train.yaml": ["data.floor names tiny_world/mix_train.yaml,", "`python tiny.py` writes it"],
+    }.items():
+        with pytest.raises(FileNotFoundError) as raised:
+            blind.check_floor(data)
+        assert all(word in str(raised.value) for word in [*words, "`data.floor=`"]), raised.value
+    write(tmp_path / "there.jsonl", choice("A"))
+    blind.check_floor("there.jsonl")
 
 
 @real

@@ -24,6 +24,11 @@ BENCHMARKS = {  # configs/eval_<name>.yaml: the data file it reads
     "videomme": "videomme",
     "mmvu": "mmvu",
 }
+FLOORS = {  # the training set that it takes the best constant answers of; the others have none in configs/data
+    "charades_sta": "configs/data/charades_sta.yaml",
+    "activitynet": "configs/data/activitynet.yaml",
+    "nextgqa": "configs/data/nextgqa_val.yaml",
+}
 
 
 def write(path, text: str) -> str:
@@ -283,6 +288,13 @@ def test_a_benchmark_asks_as_training_does(name):
     training = load(GrpoConfig, [str(REPO / "configs/grpo_qwen2_5_vl_3b_charades.yaml")])
     assert (cfg.prompt, cfg.video, cfg.model.dtype) == (training.prompt, training.video, training.model.dtype)
     assert cfg.eval.answer == "tagged_or_text" and cfg.eval.max_new_tokens == training.rollout.max_new_tokens
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_with_a_training_set_has_a_floor(name):
+    cfg = load(EvalRunConfig, [str(REPO / f"configs/eval_{name}.yaml")])
+    assert cfg.data.floor == FLOORS.get(name, "")
+    assert not cfg.data.floor or files.files_of(str(REPO / cfg.data.floor))
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)

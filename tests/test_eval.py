@@ -246,7 +246,7 @@ def test_two_processes_answer_as_one_and_go_on_where_one_stopped(world, whole, t
 # ---- floors --------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_constant_answers_of_the_training_set_stand_beside_the_model(world, tmp_path, capsys):
+def test_the_best_constant_answers_of_the_training_set_stand_beside_the_model(world, tmp_path, monkeypatch, capsys):
     """Two training questions say 20% to 60%; the test set's own best would be 50% to 100%."""
     rows = {"train": [(10, [2, 6]), (20, [4, 12])], "test": [(10, [5, 10]), (10, [5, 10])]}
     clip = read_jsonl(world / "tvg_train.jsonl")[0]
@@ -268,8 +268,22 @@ def test_the_best_constant_answers_of_the_training_set_stand_beside_the_model(wo
         assert re.search(f"no floor of tvg: .*{reason}\n", capsys.readouterr().out)
         assert json.loads((tmp_path / "y" / "metrics.json").read_text())["floor"] == {}
         shutil.rmtree(tmp_path / "y")
-    with pytest.raises(SystemExit, match=r"error: data file nowhere.jsonl not found"):
-        eval.main(args_of(world, tmp_path / "z", "data.floor=nowhere.jsonl"))
+    monkeypatch.setattr("arguments.check_floor", lambda data: pytest.fail("a finished evaluation needs no floor"))
+    eval.main([*args_of(world, tmp_path / "x", *words), "--resume"])
+
+
+def test_what_cannot_be_read_of_a_training_set_ends_no_evaluation(world, tmp_path, capsys):
+    """One malformed row of the training set ended an evaluation, and so did a record without its duration and video."""
+    clip = read_jsonl(world / "tvg_train.jsonl")[0] | {"duration": 10, "segments": [[2, 6]]}
+    without = {key: value for key, value in clip.items() if key != "duration"} | {"video": "gone.mp4"}
+    rows = [json.dumps(clip), "{", json.dumps(clip | {"segments": [[3]]}), json.dumps(without), json.dumps(clip)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    words = [f"data.test={world}/tvg_test.yaml", f"data.floor={tmp_path}/train.jsonl"]
+    eval.main(args_of(world, tmp_path / "x", *words))
+    told = capsys.readouterr().out
+    assert told.count("left out") == 1
+    assert f"floor: 3 of 5 records of {tmp_path}/train.jsonl left out, the first: row 2: not valid JSON: " in told
+    assert json.loads((tmp_path / "x" / "metrics.json").read_text())["floor"]["tvg"]["constant"]["span"] == [0.2, 0.6]
 
 
 def test_blind_answers_are_of_another_clip_and_stand_apart(world, whole, tmp_path, monkeypatch, capsys):

@@ -266,6 +266,8 @@ MISTAKES = [
     ("launch", "LOCAL_WORLD_SIZE=8 train_grpo", ["8 processes", "no GPUs", "configs/accelerate/cpu2.yaml"]),
     ("launch", "LOCAL_WORLD_SIZE=8 eval run", ["8 processes", "no GPUs", "configs/accelerate/cpu2.yaml"]),
     ("launch", "LOCAL_WORLD_SIZE=8 GPUS=4 train_grpo", ["8 processes", "4 GPUs", "--num_processes 4"]),
+    ("launch", "LOCAL_WORLD_SIZE=1 train_grpo", ["error: 1 process is launched for GPUs and no GPUs are found"]),
+    ("launch", "LOCAL_WORLD_SIZE=2 GPUS=1 train_grpo", ["2 processes are launched for GPUs and 1 GPU is found"]),
     ("launch", "train_grpo --plan configs/accelerate/ddp.yaml data.batch_size=4", ["data.batch_size 4", "8 processes"]),
     ("launch", "train_grpo --plan configs/tiny.yaml", ["configs/tiny.yaml: not a configuration of accelerate"]),
     # selections
@@ -276,6 +278,7 @@ MISTAKES = [
     ("select", "select_data run.dir=no_config", ["run.dir no_config exists and is not of a selection; give another"]),
     # evaluations
     ("eval", "eval run data.test=nowhere.jsonl", ["data file nowhere.jsonl not found"]),
+    ("eval", "eval run data.floor=nowhere.jsonl", ["data.floor names nowhere.jsonl", "convert.py", "`data.floor=`"]),
     ("eval", "eval run run.dir=no_config", ["run.dir no_config exists; give --resume"]),
     ("eval", "eval score nowhere.jsonl --out o.json", ["nowhere.jsonl: No such file"]),
     ("eval", "eval score predictions.jsonl --out o.json", ["predictions.jsonl: row 1: key 'segments'"]),

@@ -286,6 +286,27 @@ def test_the_floor_is_a_row_and_r1_a_column(tmp_path):
     assert [row[0] for row in page.rows("results") if row[1].startswith("36.9")] == ["best constant answer"]
 
 
+def test_answers_with_another_clip_are_a_row_of_their_model(tmp_path):
+    """The second result was asked with other clips too. Its row is drawn on the same axis, and names it."""
+    folders = [write_evaluation(tmp_path / name, rows) for name, rows in (("a", BEFORE), ("b", AFTER))]
+    content = json.loads((folders[1] / "metrics.json").read_text())
+    values = {"n": 8, "miou": 12.5, "miou_ci95": [9.0, 16.0], "r1@0.7": 3.5, "r1@0.7_ci95": [1.0, 6.0]}
+    blind = {"predictions": "predictions_blind.jsonl", "tasks": {"tvg": values}}
+    (folders[1] / "metrics.json").write_text(json.dumps(content | {"blind": blind}))
+    a, b = (report.read_run(folder, folder.name) for folder in folders)
+    table = task_table("tvg", [a, b])
+    assert table["blind"] == [{"name": "b", "main": [12.5, 9.0, 16.0], "close": [3.5, 1.0, 6.0]}]
+    assert table["ticks"][0] <= 9 and task_table("tvg", [a])["blind"] == []
+    page = written(*folders)
+    assert page.text.count("With another clip: ") == 1
+    for row in page.rows("results"):
+        assert len(row) == len(page.rows("results")[0]), row
+    assert [row[:2] for row in page.rows("results")][-1] == ["b with another clip", "12.5 [9.0, 16.0]"]
+    alone = written(folders[1])
+    assert [row[0] for row in alone.rows("results")][-1] == "with another clip"
+    assert "With another clip" not in written(folders[0]).text
+
+
 def test_the_scatter_counts_what_got_better(tmp_path):
     a, b = evaluations(tmp_path, BEFORE, AFTER)
     plot = report.scatter("tvg", a, b)

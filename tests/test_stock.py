@@ -74,7 +74,7 @@ def test_training_and_evaluation_ask_the_same_of_the_same_sample(world, tmp_path
     train = [f"data.train={data}", "data.validation=''", "data.batch_size=6", "run.steps=1", "run.tracker=none"]
     train += [f"data.cache_dir={tmp_path}/cache", "rollout.max_new_tokens=4", "rollout.group_size=2", "loss.beta=0"]
     grpo = [str(REPO / "configs/grpo_qwen2_5_vl_3b_charades.yaml")]
-    test = [f"data.test={data}", "eval.max_new_tokens=4", "eval.batch_size=4"]
+    test = [f"data.test={data}", "data.floor=", "eval.max_new_tokens=4", "eval.batch_size=4"]
     by_grpo = record_prompts(monkeypatch, train_grpo, "generate")
     by_sft = record_prompts(monkeypatch, train_sft, "pack")
     by_eval = record_prompts(monkeypatch, predictions, "generate")
