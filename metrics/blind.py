@@ -7,18 +7,16 @@ chosen on the training set and scored on the test set. It needs no model, no vid
 """
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from metrics.rows import truth_of
 from metrics.tasks import score_predictions
-from records.files import files_of, read_for_floor, read_samples
+from records.files import read_for_floor, read_samples
 from records.record import Sample
 
 NUM_SHARES = 100  # the starts and ends that are tried are hundredths of the duration
@@ -41,21 +39,6 @@ def floor_of(data: str, tests: Sequence[Sample], out_of_clip: str = "clamp", see
             rows = [_answered(sample, constant) for sample in tests if sample.task == task]
             found[task] = score_predictions(rows)["tasks"][task] | {"constant": {"data": data} | constant}
     return found
-
-
-def check_floor(data: str) -> None:
-    """Raises FileNotFoundError, with what to do, where `data.floor` or a file that it lists is not there."""
-    for file in files_of(data) if Path(data).is_file() else [Path(data)]:
-        if not file.is_file():
-            name = os.path.normpath(file)
-            todo = "give another path"
-            if data.startswith("tiny_world/"):
-                todo = "`python tiny.py` writes it"
-            elif file.suffix == ".jsonl":
-                todo = f"`python convert.py SOURCE --annotations FILES --out {name}` writes it (docs/evaluation.md)"
-            raise FileNotFoundError(
-                f"data.floor names {name}, and there is no such file: {todo}, or go without a floor by `data.floor=`"
-            )
 
 
 def best_constant(train: Sequence[Sample]) -> dict[str, Any]:

@@ -66,8 +66,7 @@ def read_samples(
 
 
 def read_for_floor(path: str, out_of_clip: str = "clamp", seed: int = 0) -> list[Sample]:
-    """Read the records of `path` for what needs neither videos nor every record: the best constant answers,
-    metrics/blind.py.
+    """Read the records of `path` for the best constant answers (metrics/blind.py), which need no video.
 
     A record that cannot be used is left out, where `read_samples` raises, and a line for each file counts those. So is
     one without a duration whose video cannot be opened, if its task needs a duration. Ids may be there twice.
@@ -80,9 +79,20 @@ def read_for_floor(path: str, out_of_clip: str = "clamp", seed: int = 0) -> list
     return samples
 
 
-def files_of(path: str) -> list[Path]:
-    """The files of records that `path` stands for: itself, or those that a .yaml lists. Raises as `read_samples`."""
-    return [file for file, *_ in sources_of(path, need_videos=False)]
+def check_floor(data: str) -> None:
+    """Raises FileNotFoundError, with what to do, where `data.floor` or a file that it lists is not there."""
+    listed = sources_of(data, need_videos=False) if Path(data).is_file() else [(Path(data),)]
+    for file, *_ in listed:
+        if not file.is_file():
+            name = os.path.normpath(file)
+            todo = "give another path"
+            if data.startswith("tiny_world/"):
+                todo = "`python tiny.py` writes it"
+            elif file.suffix == ".jsonl":
+                todo = f"`python convert.py SOURCE --annotations FILES --out {name}` writes it (docs/evaluation.md)"
+            raise FileNotFoundError(
+                f"data.floor names {name}, and there is no such file: {todo}, or go without a floor by `data.floor=`"
+            )
 
 
 def sources_of(path: str, videos: str | None = None, need_videos: bool = True) -> list[tuple[Path, Path, str, str]]:

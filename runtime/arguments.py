@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from config import ANSWER_MODES, UNANSWERED_MODES, ConfigT, EvalRunConfig, PlanConfig, load, split_overrides
-from metrics.blind import check_floor
+from records.files import check_floor
 
 REPO = Path(__file__).resolve().parents[1]
 

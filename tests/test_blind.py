@@ -12,6 +12,7 @@ import convert
 from metrics import blind
 from metrics.blind import best_constant, best_span, floor_of, swap_clips
 from records import files
+from records.files import check_floor
 from records.record import Sample
 from rewards import temporal_iou
 
@@ -155,10 +156,10 @@ def test_a_missing_training_set_is_named_with_what_writes_it(tmp_path, monkeypat
         "tiny_world/mix_train.yaml": ["data.floor names tiny_world/mix_train.yaml,", "`python tiny.py` writes it"],
     }.items():
         with pytest.raises(FileNotFoundError) as raised:
-            blind.check_floor(data)
+            check_floor(data)
         assert all(word in str(raised.value) for word in [*words, "`data.floor=`"]), raised.value
     write(tmp_path / "there.jsonl", choice("A"))
-    blind.check_floor("there.jsonl")
+    check_floor("there.jsonl")
 
 
 @real
