@@ -81,7 +81,7 @@ class VideoConfig:
     min_pixels: int = 3136  # at least so many pixels a frame
     max_pixels: int = 602112  # at most so many pixels a frame
     total_pixels: int = 1605632  # budget of a video in pixels of frame pairs: 28 x 28 make one token, 2,048 tokens
-    time_step: Literal["exact", "whole_seconds"] = "exact"  # whole_seconds: as transformers 4.50 to 5.2 rounded it down
+    time_step: Literal["exact", "whole_seconds"] = "exact"  # whole_seconds: as in transformers 4.50 until PR 48669
 
     def __post_init__(self):
         for unit in ("frames", "pixels"):
