@@ -67,7 +67,9 @@ def recorded_rollout(policy: Policy, prompts, group_size: int = 4) -> Rollout:
     mask_BT = torch.arange(9) < lengths_B[:, None]
     noise_BT = 0.3 * torch.randn(mask_BT.shape, generator=generator) * mask_BT
     texts = [""] * len(lengths_B)
-    silent = Rollout(tuple(prompts), tokens_BT, mask_BT, noise_BT, torch.zeros(len(lengths_B)).bool(), texts)
+    embeds = tuple(policy.embed_each(prompts))
+    not_cut_B = torch.zeros(len(lengths_B)).bool()
+    silent = Rollout(tuple(prompts), embeds, tokens_BT, mask_BT, noise_BT, not_cut_B, texts)
     packed = pack(prompts, silent.completions, policy.model.config, "cpu")
     with torch.no_grad():
         return dataclasses.replace(silent, logps_BT=packed_logps(policy, packed, None, 9)[0] + noise_BT)
