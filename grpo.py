@@ -1,7 +1,7 @@
 """GRPO as pure tensor functions: group advantages, KL, the clipped loss and its variants, masks, group statistics.
 
-No model, tokenizer, config or device in here. Letters: P prompts, G completions each, B = P * G, T tokens. Every
-variant is a value of an argument, named after what it does; the papers (each cited where its formula stands):
+No model, tokenizer or device in here. Letters: P prompts, G completions each, B = P * G, T tokens. Every variant is a
+value of an argument or of `config.LossConfig`, named after what it does. The papers stand where their formulas do:
 
     GRPO      DeepSeekMath, arXiv 2402.03300          DAPO     arXiv 2503.14476
     Dr. GRPO  arXiv 2503.20783                        GSPO     arXiv 2507.18071
@@ -10,6 +10,8 @@ variant is a value of an argument, named after what it does; the papers (each ci
 
 import torch
 from torch import Tensor
+
+from config import LossConfig
 
 
 def completion_mask(tokens_BT: Tensor, eos_ids: list[int]) -> Tensor:
@@ -114,55 +116,50 @@ def policy_loss(
     advantages_B: Tensor,
     mask_BT: Tensor,
     weights_BT: Tensor,
-    ratio: str = "token",
-    clip: str = "ppo",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    cfg: LossConfig,
     ref_logps_BT: Tensor | None = None,
-    beta: float = 0.0,
-    kl: str = "k3",
-    kl_clamp: float = 10.0,
     entropy_BT: Tensor | None = None,
-    entropy_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tokens of weight x (surrogate + beta x KL - entropy_coef x entropy); DeepSeekMath eq. 3.
+    """Sum over tokens of weight x (surrogate + beta x KL - entropy coefficient x entropy); DeepSeekMath eq. 3.
 
-    `ratio` r of the policy to the one that sampled: per token, or per sequence, exp of the mean log-ratio of the
-    completion's tokens (GSPO eq. 7). `clip`, with c(r) = r clipped to [1 - clip_low, 1 + clip_high]:
-    ppo: -min(r A, c(r) A), with clip_high > clip_low DAPO's eq. 10; none: -r A; cispo: -sg(c(r)) A log p, sg being
-    stop-gradient (MiniMax-M1 eq. 4 and 5). What lies outside `mask_BT` has no influence.
+    `cfg.ratio` says what r is, the ratio of the policy to the one that sampled. `token` takes it per token. `sequence`
+    takes exp of the mean log-ratio of the completion's tokens (GSPO eq. 7). `cfg.clip` says what becomes of r, where
+    c(r) is r clipped to [1 - clip_low, 1 + clip_high]. `ppo` is -min(r A, c(r) A), which with clip_high > clip_low is
+    DAPO's eq. 10. `none` is -r A. `cispo` is -sg(c(r)) A log p, where sg stops the gradient (MiniMax-M1 eq. 4 and 5).
+    `ref_logps_BT` is read where `cfg.beta` is not 0, `entropy_BT` where `cfg.entropy` is not. What lies outside
+    `mask_BT` has no influence.
 
     Returns the loss and, without gradient, sums over tokens: `kl`, and `clipped`, the tokens whose clip is active.
     """
     zero = logps_BT.new_zeros(())
     log_ratio_BT = torch.where(mask_BT, logps_BT - torch.where(mask_BT, old_logps_BT, zero), zero)
-    if ratio == "sequence":
+    if cfg.ratio == "sequence":
         log_ratio_B1 = log_ratio_BT.sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp_min(1)
         ratio_BT = log_ratio_B1.exp().expand_as(log_ratio_BT)
-    elif ratio == "token":
+    elif cfg.ratio == "token":
         ratio_BT = log_ratio_BT.exp()
     else:
-        raise ValueError(f"ratio {ratio!r} is not one of token, sequence")
+        raise ValueError(f"ratio {cfg.ratio!r} is not one of token, sequence")
     advantages_B1 = advantages_B[:, None]
-    clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
-    if clip == "ppo":
+    clipped_BT = ratio_BT.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    if cfg.clip == "ppo":
         surrogate_BT = -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
         is_clipped_BT = clipped_BT * advantages_B1 < ratio_BT * advantages_B1
-    elif clip == "cispo":
+    elif cfg.clip == "cispo":
         surrogate_BT = -clipped_BT.detach() * advantages_B1 * torch.where(mask_BT, logps_BT, zero)
         is_clipped_BT = (clipped_BT != ratio_BT) & (advantages_B1 != 0)
-    elif clip == "none":
+    elif cfg.clip == "none":
         surrogate_BT = -ratio_BT * advantages_B1
         is_clipped_BT = torch.zeros_like(mask_BT)
     else:
-        raise ValueError(f"clip {clip!r} is not one of ppo, cispo, none")
+        raise ValueError(f"clip {cfg.clip!r} is not one of ppo, cispo, none")
     per_token_BT, kl_BT = surrogate_BT, torch.zeros_like(logps_BT)
-    if beta:
+    if cfg.beta:
         pair = (torch.where(mask_BT, x, zero) for x in (logps_BT, ref_logps_BT))
-        kl_BT = kl_estimate(*pair, kl, kl_clamp)
-        per_token_BT = per_token_BT + beta * kl_BT
-    if entropy_coef:
-        per_token_BT = per_token_BT - entropy_coef * torch.where(mask_BT, entropy_BT, zero)
+        kl_BT = kl_estimate(*pair, cfg.kl, cfg.kl_clamp)
+        per_token_BT = per_token_BT + cfg.beta * kl_BT
+    if cfg.entropy:
+        per_token_BT = per_token_BT - cfg.entropy * torch.where(mask_BT, entropy_BT, zero)
     sums = {"kl": (kl_BT.detach() * mask_BT).sum(), "clipped": (is_clipped_BT & mask_BT).sum().to(logps_BT.dtype)}
     return (per_token_BT * weights_BT.to(logps_BT.dtype)).sum(), sums
 

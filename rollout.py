@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from config import RolloutConfig
 from grpo import completion_mask
 from model.attention import GroupLayer
 from policy import Policy, prompt_positions
@@ -24,6 +25,7 @@ class Rollout:
     """B = P * G completions, completion g of prompt p in row p * G + g."""
 
     prompts: tuple[Prompt, ...]
+    video_embeds: tuple[Tensor, ...]  # of each prompt, (video tokens, H)
     tokens_BT: Tensor  # padded at the end
     mask_BT: Tensor  # True up to and including EOS
     logps_BT: Tensor  # as sampled, float32; 0 past the end
@@ -45,6 +47,7 @@ class Rollout:
         rows = [p * self.group_size + g for p in groups for g in range(self.group_size)]
         return Rollout(
             prompts=tuple(self.prompts[p] for p in groups),
+            video_embeds=tuple(self.video_embeds[p] for p in groups),
             tokens_BT=self.tokens_BT[rows],
             mask_BT=self.mask_BT[rows],
             logps_BT=self.logps_BT[rows],
@@ -57,6 +60,7 @@ class Rollout:
         """Several rollouts of one group size as one."""
         return Rollout(
             prompts=tuple(prompt for rollout in rollouts for prompt in rollout.prompts),
+            video_embeds=tuple(embeds for rollout in rollouts for embeds in rollout.video_embeds),
             tokens_BT=_stack([rollout.tokens_BT for rollout in rollouts], 0),
             mask_BT=_stack([rollout.mask_BT for rollout in rollouts], False),
             logps_BT=_stack([rollout.logps_BT for rollout in rollouts], 0.0),
@@ -100,37 +104,31 @@ def generate(
     policy: Policy,
     prompts: Sequence[Prompt],
     video_embeds: Sequence[Tensor],
-    group_size: int,
-    max_new_tokens: int,
-    micro_batch_size: int,
+    cfg: RolloutConfig,
     seed: int | None = 0,
     step: int = 0,
     occurrences: Sequence[int] | None = None,
     synced: bool = False,
 ) -> Rollout:
-    """Sample `group_size` completions of each prompt; `seed` None is greedy decoding.
+    """Sample `cfg.group_size` completions of each prompt, at the policy's own temperature.
 
-    `occurrences[p]` is how often prompt p's sample stands earlier in the step's batch (0 by default): its completions
-    are numbered on, so that they are not the same again.
-
-    `policy` is the unwrapped model; `video_embeds` holds each prompt's (video tokens, H). `micro_batch_size` prompts
-    run at a time, which changes no sample. `synced`: go on until all processes are done, whose calls must be the same
-    (weights sharded by ZeRO-3). The model is in eval mode meanwhile: in training mode with gradient
+    `policy` is the unwrapped model, and `video_embeds` holds each prompt's (video tokens, H). With `seed` None decoding
+    is greedy. `occurrences[p]` is how often prompt p's sample stands earlier in the step's batch (0 by default): its
+    completions are numbered on, so that they are not the same again. `cfg.micro_batch_size` prompts run at a time,
+    which changes no sample. With `synced` it goes on until all processes are done, whose calls must be the same
+    (weights that ZeRO-3 has cut up). The model is in eval mode meanwhile, because in training mode with gradient
     checkpointing transformers would drop the cache, and with it the prompt.
     """
     was_training = policy.training
     policy.eval()
-    parts = []
-    for i in range(0, len(prompts), micro_batch_size):
-        some = prompts[i : i + micro_batch_size]
+    parts, before = [], occurrences or [0] * len(prompts)
+    for i in range(0, len(prompts), cfg.micro_batch_size):
+        some = slice(i, i + cfg.micro_batch_size)
         seeds = None
         if seed is not None:
-            before = [0] * len(prompts) if occurrences is None else occurrences
-            firsts = [group_size * n for n in before[i : i + len(some)]]
-            numbered = [(p.sample.id, first + g) for p, first in zip(some, firsts) for g in range(group_size)]
-            seeds = [row_seed(seed, step, sample_id, g) for sample_id, g in numbered]
-        embeds = video_embeds[i : i + micro_batch_size]
-        parts.append(_generate(policy, some, embeds, group_size, max_new_tokens, seeds, synced))
+            numbers = [range(n * cfg.group_size, (n + 1) * cfg.group_size) for n in before[some]]
+            seeds = [row_seed(seed, step, p.sample.id, g) for p, own in zip(prompts[some], numbers) for g in own]
+        parts.append(_generate(policy, prompts[some], video_embeds[some], cfg, seeds, synced))
     policy.train(was_training)
     tokens_BT = _stack([tokens for tokens, _ in parts], policy.pad_id)
     mask_BT = completion_mask(tokens_BT, policy.eos_ids)
@@ -141,6 +139,7 @@ def generate(
     kept = [tokens[mask].tolist()[: None if truncated else -1] for tokens, mask, truncated in rows]
     return Rollout(
         prompts=tuple(prompts),
+        video_embeds=tuple(video_embeds),
         tokens_BT=tokens_BT,
         mask_BT=mask_BT,
         logps_BT=_stack([logps for _, logps in parts], 0.0) * mask_BT,
@@ -149,7 +148,7 @@ def generate(
     )
 
 
-def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds, synced) -> tuple[Tensor, Tensor]:
+def _generate(policy, prompts, video_embeds, cfg, seeds, synced) -> tuple[Tensor, Tensor]:
     """Prefill once per prompt, decode G completions over its cache; tokens and log-probs (B, T)."""
     ids, mask, positions, deltas = _left_pad(policy, prompts)
     model = policy.model
@@ -163,15 +162,15 @@ def _generate(policy, prompts, video_embeds, group_size, max_new_tokens, seeds, 
     padding_PL, bias = mask[:, :-1] == 0, None
     if len({len(prompt.ids) for prompt in prompts}) > 1:
         bias = torch.zeros_like(padding_PL, dtype=model.dtype).masked_fill(padding_PL, -torch.inf)[:, None, None]
-    cache.layers = [GroupLayer(layer, bias, max_new_tokens) for layer in cache.layers]
-    ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
-    model.model.rope_deltas = deltas.repeat_interleave(group_size, 0)
+    cache.layers = [GroupLayer(layer, bias, cfg.max_new_tokens) for layer in cache.layers]
+    ids, mask = ids.repeat_interleave(cfg.group_size, 0), mask.repeat_interleave(cfg.group_size, 0)
+    model.model.rope_deltas = deltas.repeat_interleave(cfg.group_size, 0)
     sampler = GumbelSampler(policy, seeds)
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
         past_key_values=cache,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=cfg.max_new_tokens,
         do_sample=False,
         logits_processor=LogitsProcessorList([sampler]),
         synced_gpus=synced,

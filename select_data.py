@@ -122,9 +122,9 @@ def score_prompts(
     policy: Policy, prompts: Sequence[Prompt], functions: Sequence[RewardFunction], cfg: SelectConfig
 ) -> list[dict[str, Any]]:
     """K responses to each prompt, over one prefill, and what is written of them."""
-    size, longest = cfg.rollout.group_size, cfg.rollout.max_new_tokens
+    size = cfg.rollout.group_size
     embeds = policy.embed_each(prompts)
-    rollout = generate(policy, prompts, embeds, size, longest, len(prompts), cfg.run.seed, STEP)
+    rollout = generate(policy, prompts, embeds, cfg.rollout, cfg.run.seed, STEP)
     samples = [prompt.sample for prompt in prompts for _ in range(size)]
     ids = [tokens for group in rollout.completions for tokens in group]
     scored = score_all(rollout.texts, samples, cfg, functions, ids)

@@ -1,23 +1,28 @@
 """What a GRPO run says of a step: its row of metrics.jsonl, its rows of samples.jsonl, warnings, completions to read.
 
-README.md defines every metric.
+docs/metrics.md defines every metric.
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 from answers import parse_segments
 from config import GrpoConfig, RunConfig
-from groups import Groups, choose_groups
+from groups import Batch, GroupRewards
 from grpo import group_stats, is_nearly_equal
 from prompts import video_means, video_sums
 from records.record import to_record
 from rewards import PARTS
+from rollout import Rollout
 from runtime.run import Run
 
 CAUSES = {
@@ -34,54 +39,82 @@ ONCE = {
 }
 
 
-def step_metrics(groups: Groups, stats: dict[str, float], functions, cfg: GrpoConfig, run: Run) -> dict[str, float]:
+@dataclass
+class UpdateStats:
+    """Sums over this process's tokens of all updates on one rollout, but for what says otherwise."""
+
+    trained: int = 0  # groups of all processes that the updates ran on
+    grad_norms: list[float] = field(default_factory=list)  # of each update, over all processes
+    loss: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    tokens: float = 0.0
+    clipped: float = 0.0  # of the last update: in the first one the ratio is 1
+    gap: float = 0.0  # between the log-probs of policy and sampler, in the first update
+    gap_max: float = 0.0
+
+    passes: list[dict[str, Tensor]] = field(default_factory=list)  # sums of the present update's, on the device
+
+    def end_update(self, grad_norm: float, num_own: int) -> None:
+        """Take in the first `num_own` passes of an update; their numbers are fetched from the device at once."""
+        own, self.passes = self.passes[:num_own], []
+        self.grad_norms.append(grad_norm)
+        self.clipped = 0.0
+        values = [value.double() for sums in own for value in sums.values()]
+        for row in torch.stack(values).view(num_own, -1).tolist() if own else ():
+            sums = dict(zip(own[0], row, strict=True))
+            self.gap_max = max(self.gap_max, sums.pop("gap_max"))
+            for name, value in sums.items():
+                setattr(self, name, getattr(self, name) + value)
+
+
+def step_metrics(
+    rollout: Rollout, rewards: GroupRewards, stats: UpdateStats, functions, cfg: GrpoConfig, run: Run
+) -> dict[str, float]:
     """The step's metrics over all processes, from sums."""
-    rollout, num_updates = groups.rollout, cfg.loss.updates_per_rollout
-    sums = {name: stats[name] for name in ("loss", "kl", "clipped", "entropy", "tokens", "gap")}
+    num_updates, scores = cfg.loss.updates_per_rollout, rewards.scores
+    sums = {name: getattr(stats, name) for name in ("loss", "kl", "clipped", "entropy", "tokens", "gap")}
     sums |= {
-        "num_completions": float(len(groups.rewards)),
+        "num_completions": float(len(rewards.rewards)),
         "completion_tokens": float(rollout.mask_BT.sum()),
         "prompt_tokens": float(sum(len(prompt.ids) for prompt in rollout.prompts)),
         "truncated": float(rollout.truncated_B.sum()),
-        "total": sum(reward.total for reward in groups.rewards),
+        "total": sum(reward.total for reward in rewards.rewards),
         **video_sums(rollout.prompts),
     }
     parts = [*PARTS["gqa"], "overlong", *(function.name for function in functions)]
     for part in parts:
-        having = [reward.parts[part] for reward in groups.rewards if part in reward.parts]
+        having = [reward.parts[part] for reward in rewards.rewards if part in reward.parts]
         sums |= {f"sum/{part}": sum(having), f"num/{part}": float(len(having))}
     s = run.engine.sums(sums)
     num = s["num_completions"]
-    counts = group_stats(groups.earned_NG, groups.right_NG, cfg.group.tolerance)
+    counts = group_stats(scores.earned, scores.right, cfg.group.tolerance)
     metrics = {
         "reward/total": s["total"] / num,
         **{f"reward/{part}": s[f"sum/{part}"] / s[f"num/{part}"] for part in parts if s[f"num/{part}"]},
-        **{f"group/frac_{kind}": count / len(groups.totals_NG) for kind, count in counts.items()},
-        "group/refills": float(groups.num_refills),
-        "group/trained": stats["trained"],
+        **{f"group/frac_{kind}": count / len(scores.total) for kind, count in counts.items()},
+        "group/refills": float(rewards.num_refills),
+        "group/trained": float(stats.trained),
         "length/mean": s["completion_tokens"] / num,
         "length/max": run.engine.maximum(rollout.mask_BT.sum(1).max().item()),
         "frac_truncated": s["truncated"] / num,
-        "grad_norm": stats["grad_norm"],
-        "update/num_skipped": stats["num_skipped"],
+        "grad_norm": sum(norm / num_updates for norm in stats.grad_norms),
+        "update/num_skipped": float(sum(not math.isfinite(norm) for norm in stats.grad_norms)),
         "tokens/prompt": s["prompt_tokens"],
         "tokens/completion": s["completion_tokens"],
         **video_means(s),
     }
-    gap_max = run.engine.maximum(stats["gap_max"])
+    gap_max = run.engine.maximum(stats.gap_max)
     if s["tokens"]:  # the gap is the first update's
         metrics |= {"loss": s["loss"] / num_updates, "clip_frac": s["clipped"] * num_updates / s["tokens"]}
         metrics |= {"kl": s["kl"] / s["tokens"], "entropy": s["entropy"] / s["tokens"]}
-        metrics |= {
-            "logp_gap/mean": s["gap"] * num_updates / s["tokens"],
-            "logp_gap/max": gap_max,
-        }  # of the first update
+        metrics |= {"logp_gap/mean": s["gap"] * num_updates / s["tokens"], "logp_gap/max": gap_max}
     return metrics
 
 
-def frac_nearly_equal(groups: Groups, cfg: GrpoConfig) -> float:
+def frac_nearly_equal(rewards: GroupRewards, cfg: GrpoConfig) -> float:
     """Share of the step's groups that are dead though their rewards are not equal."""
-    return is_nearly_equal(groups.earned_NG, cfg.group.tolerance).float().mean().item()
+    return is_nearly_equal(rewards.scores.earned, cfg.group.tolerance).float().mean().item()
 
 
 class Alarm:
@@ -110,28 +143,16 @@ class Alarm:
         return due
 
 
-def sample_rows(groups: Groups, step: int, cfg: GrpoConfig) -> list[dict]:
+def sample_rows(rollout: Rollout, rewards: GroupRewards, batch: Batch, step: int) -> list[dict]:
     """One row per video for samples.jsonl: the record, and its G completions with their rewards and advantages."""
-    rollout, rewards, size = groups.rollout, groups.rewards, groups.rollout.group_size
-    advantages_NG = choose_groups(groups, cfg)[2]
-    return [
-        {
-            "step": step,
-            "group": groups.own[p],
-            **to_record(prompt.sample),
-            "completions": rollout.texts[p * size : (p + 1) * size],
-            "rewards": [reward.total for reward in rewards[p * size : (p + 1) * size]],
-            "parts": [reward.parts for reward in rewards[p * size : (p + 1) * size]],
-            "advantages": advantages_NG[groups.own[p]].tolist(),
-        }
-        for p, prompt in enumerate(rollout.prompts)
-    ]
-
-
-def batch_rows(groups: Groups, cfg: GrpoConfig, step: int) -> list[dict]:
-    """The rows of samples.jsonl, and whether the update ran on them."""
-    trained = choose_groups(groups, cfg)[1]
-    return [row | {"trained": row["group"] in trained} for row in sample_rows(groups, step, cfg)]
+    rows, size = [], rollout.group_size
+    for p, (prompt, place) in enumerate(zip(rollout.prompts, rewards.places, strict=True)):
+        own = slice(p * size, (p + 1) * size)
+        row = {"step": step, "group": place, **to_record(prompt.sample), "completions": rollout.texts[own]}
+        row["rewards"] = [reward.total for reward in rewards.rewards[own]]
+        row["parts"] = [reward.parts for reward in rewards.rewards[own]]
+        rows.append(row | {"advantages": batch.advantages_PG[p].tolist()})
+    return rows
 
 
 def print_step(

@@ -6,12 +6,11 @@
 
 By default: std-normalised group advantages, clipped surrogate, k3 KL in the loss, token mean over the step, one update
 per rollout (so the ratio is 1 and the loss is about 0 whatever the policy learns: watch the rewards, not the loss).
-The variants are values of the sections `loss` and `group`, see grpo.py; metrics are defined in README.md.
+The variants are values of the sections `loss` and `group`, see grpo.py; metrics are defined in docs/metrics.md.
 Letters: P prompts of this process, G completions each, B = P * G, T tokens, N groups of all processes.
 """
 
-import math
-from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
 
 from config import GrpoConfig
@@ -21,180 +20,131 @@ if __name__ == "__main__":  # here, so that a misspelt key is told before torch 
     from_command_line(GrpoConfig, None, __doc__, "configs/tiny.yaml")
 
 import torch
+from torch import Tensor
 
 import config
-from data import Loader, make_workers, refill_indices
-from groups import Groups, choose_groups, is_alive, loss_mask, score_groups
+from config import LossConfig
+from data import Loader, make_workers
+from groups import Batch, choose_groups, loss_mask, sample_groups
 from grpo import policy_loss, token_weights
 from metrics.validation import Validator
 from model.folder import save_model
 from model.optim import make_optimizer, set_learning_rate
-from policy import Policy, load_policy, pack, packed_logps
+from policy import Packed, Policy, load_policy, pack, packed_logps
 from preflight import plan
 from preflight.selfcheck import check_model, check_ranks
 from prompts import make_builder
 from records.files import read_samples
 from reward_functions import failures_in, load_functions
-from rollout import Rollout, generate
+from rollout import Rollout
 from runtime.clock import Clock
 from runtime.engine import check_batch, check_engine
 from runtime.run import Run
 from runtime.signals import die_of, interruptible
-from step_log import Alarm, batch_rows, frac_nearly_equal, print_step, sample_rows, step_metrics
+from step_log import Alarm, UpdateStats, frac_nearly_equal, print_step, sample_rows, step_metrics
 
 
-def collect_groups(
-    policy: Policy, loader: Loader, functions, cfg: GrpoConfig, step: int, run: Run, clock, synced: bool = False
-) -> Groups:
-    """Sample a step's groups; while some are dead and rounds are left, sample further videos in their place.
+@dataclass
+class MicroBatch:
+    """The groups of one forward and backward pass, B completions of up to T tokens in one row."""
 
-    `policy` is the unwrapped model; `synced` as for rollout.generate. The videos of a round are shared out evenly;
-    where they do not divide, the last one is sampled more than once, and once kept, so that all processes make the
-    same calls.
+    row: Packed
+    video_embeds: tuple[Tensor, ...] | None  # of each video; None where the tower is trained, and runs in each pass
+    mask_BT: Tensor  # tokens that count in the loss
+    weights_BT: Tensor  # of each token in the loss
+    advantages_B: Tensor
+    sampled_logps_BT: Tensor
+    old_logps_BT: Tensor | None  # those that the ratio is taken to; None until the first pass has given them
+    ref_logps_BT: Tensor | None = None
+
+    def logps(self, policy: torch.nn.Module, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (B, T) under a policy, which may be wrapped."""
+        embeds = None if self.video_embeds is None else torch.cat(self.video_embeds)
+        return packed_logps(policy, self.row, embeds, self.mask_BT.shape[1], entropy_grad)
+
+
+def micro_batches(policy: Policy, rollout: Rollout, batch: Batch, cfg: GrpoConfig, run: Run) -> list[MicroBatch]:
+    """The groups that this process trains on, laid out: what is sent to a device waits until it has computed.
+
+    A process with nothing to train on gets its first group with weight 0, to make the same calls as the others.
     """
-    r = cfg.rollout
-    own, numbers, indices = [], [], []
-    rollouts, video_embeds, rewards = [], [], []
-    num_refills = num_groups = 0
-    with clock("data"):
-        batch = loader.batch(step)
-    while True:
-        prompts = batch.prompts
-        with clock("vision"):
-            embeds = policy.embed_each(prompts)
-        with clock("rollout"):
-            rollout = generate(
-                policy,
-                prompts,
-                embeds,
-                r.group_size,
-                r.max_new_tokens,
-                r.micro_batch_size,
-                cfg.run.seed,
-                step,
-                batch.occurrences,
-                synced,
-            )
-        numbers_PG4 = torch.zeros(len(prompts), r.group_size, 4)
-        if batch.places:
-            own += [num_groups + place for place in batch.places]
-            rollouts.append(rollout.take(range(len(batch.places))))
-            video_embeds += embeds[: len(batch.places)]
-            with clock("reward"):
-                scored, numbers_PG4[: len(batch.places)] = score_groups(rollouts[-1], functions, cfg, step)
-            rewards += scored
-        numbers.append(run.engine.gather(numbers_PG4)[: batch.num_places])
-        num_groups += batch.num_places
-        indices += batch.indices
-        totals_NG, earned_NG, right_NG, tokens_NG = torch.cat(numbers).unbind(2)
-        alive_N = is_alive(earned_NG, tokens_NG, cfg)
-        num_missing = cfg.data.batch_size - int(alive_N.sum())
-        wanted = []
-        if num_missing and num_refills < cfg.group.max_refills:
-            wanted = refill_indices(len(loader.samples), batch.taken, num_missing, step, num_refills + 1, cfg.run.seed)
-        if not wanted:
-            loader.order.visited(indices, alive_N.tolist())
-            rollout = Rollout.join(rollouts)
-            return Groups(rollout, video_embeds, rewards, own, totals_NG, earned_NG, right_NG, tokens_NG, num_refills)
-        num_refills += 1
-        with clock("data"):
-            batch = loader.refill(step, num_refills, wanted, batch.taken)
+    chosen, size = batch.mine or [0], cfg.data.micro_batch_size
+    rollout = rollout.take(chosen)
+    completions, mask_BT = rollout.completions, loss_mask(rollout, cfg)
+    weights_BT = token_weights(
+        mask_BT, cfg.loss.aggregation, batch.num_tokens, batch.num_completions, cfg.rollout.max_new_tokens
+    )
+    weights_BT = weights_BT if batch.mine else torch.zeros_like(weights_BT)
+    advantages_B = batch.advantages_PG[chosen].flatten().to(policy.device)
+    slices = [slice(i, i + size) for i in range(0, len(chosen), size)]
+    num_tokens = [sum(len(tokens) for group in completions[videos] for tokens in group) for videos in slices]
+    most_tokens = int(run.engine.maximum(max(num_tokens)))
+    parts = []
+    for videos in slices:
+        rows = slice(videos.start * rollout.group_size, videos.stop * rollout.group_size)
+        prompts = rollout.prompts[videos]
+        part = MicroBatch(
+            row=pack(prompts, completions[videos], policy.model.config, policy.device, most_tokens),
+            video_embeds=rollout.video_embeds[videos] if policy.vision_is_frozen else None,
+            mask_BT=mask_BT[rows],
+            weights_BT=weights_BT[rows],
+            advantages_B=advantages_B[rows],
+            sampled_logps_BT=rollout.logps_BT[rows],
+            old_logps_BT=rollout.logps_BT[rows] if cfg.loss.old_logps == "sampled" else None,
+        )
+        parts.append(part)
+    return parts
+
+
+def loss_of(policy: torch.nn.Module, part: MicroBatch, cfg: LossConfig, stats: UpdateStats) -> Tensor:
+    """Loss of one pass, whose sums go to `stats`. The first pass sets the old log-probs, if they are the policy's."""
+    mask_BT = part.mask_BT
+    logps_BT, entropy_BT = part.logps(policy, entropy_grad=cfg.entropy != 0)
+    if part.old_logps_BT is None:
+        part.old_logps_BT = logps_BT.detach()
+    loss, sums = policy_loss(
+        logps_BT,
+        part.old_logps_BT,
+        part.advantages_B,
+        mask_BT,
+        part.weights_BT,
+        cfg,
+        ref_logps_BT=part.ref_logps_BT,
+        entropy_BT=entropy_BT,
+    )
+    is_first_update = not stats.grad_norms
+    gap_BT = (logps_BT.detach() - part.sampled_logps_BT).abs() * mask_BT * is_first_update
+    sums |= {"loss": loss.detach(), "entropy": (entropy_BT.detach() * mask_BT).sum()}
+    stats.passes.append(sums | {"tokens": mask_BT.sum(), "gap": gap_BT.sum(), "gap_max": gap_BT.max()})
+    return loss
 
 
 def update(
-    policy: torch.nn.Module, reference: Policy | None, optimizer, groups: Groups, cfg: GrpoConfig, run: Run
-) -> dict[str, float]:
-    """The optimizer steps on one step's groups; returns sums over this process's tokens and updates, and `grad_norm`.
+    policy: torch.nn.Module,
+    reference: Policy | None,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    batch: Batch,
+    cfg: GrpoConfig,
+    run: Run,
+) -> UpdateStats:
+    """The optimizer steps on one rollout. Without a group to train on, on any process, nothing is done.
 
-    `old_logps` are the policy's own of the first pass. Without a group to train on, on any process, nothing is done.
+    The old log-probs are the policy's own of the first pass, unless `loss.old_logps` says otherwise.
     """
-    batch, trained, advantages_NG = choose_groups(groups, cfg)
-    stats: dict[str, float] = defaultdict(float, trained=float(len(trained)))
-    if not trained:
+    stats = UpdateStats(trained=len(batch.trained))
+    if not batch.trained:
         return stats
-    raw, size, loss_cfg = run.engine.unwrap(policy), cfg.data.micro_batch_size, cfg.loss
-    mine = [p for p, n in enumerate(groups.own) if n in trained]
-    chosen = mine or [0]  # a process with nothing to train on runs its first group with weight 0
-    rollout, embeds_of = groups.rollout.take(chosen), [groups.video_embeds[p] for p in chosen]
-    completions, mask_BT = rollout.completions, loss_mask(rollout, cfg)
-    tokens_NG = groups.tokens_NG[batch]
-    weights_BT = token_weights(
-        mask_BT,
-        loss_cfg.aggregation,
-        num_tokens=tokens_NG.sum().item(),
-        num_completions=(tokens_NG > 0).sum().item(),
-        max_tokens=cfg.rollout.max_new_tokens,
-    )
-    if not mine:
-        weights_BT.zero_()
-    advantages_B = advantages_NG[[groups.own[p] for p in chosen]].flatten().to(raw.device)
-    num, group_size = len(chosen), rollout.group_size
-    micro_batches = [slice(i, min(i + size, num)) for i in range(0, num, size)]
-    tokens_P = [sum(map(len, group)) for group in completions]
-    most_tokens = int(run.engine.maximum(max(sum(tokens_P[videos]) for videos in micro_batches)))
-    rows = {  # all laid out before the first pass: what is sent to a device waits until it has computed
-        videos.start: pack(rollout.prompts[videos], completions[videos], raw.model.config, raw.device, most_tokens)
-        for videos in micro_batches
-    }
-    old_of, ref_of, updates = {}, {}, []  # log-probs by micro-batch; by update the sums of its passes
-
-    def loss_of(videos: slice) -> torch.Tensor:
-        b = slice(videos.start * group_size, videos.stop * group_size)
-        embeds = torch.cat(embeds_of[videos]) if raw.vision_is_frozen else None
-        scored = (rows[videos.start], embeds, mask_BT.shape[1])
-        first = len(updates) == 1  # a repeated micro-batch is scored again: all processes make the same calls
-        if reference is not None and first:
-            with torch.no_grad(), reference.adapter_off():
-                ref_of[b.start] = packed_logps(reference, *scored)[0]
-        logps_BT, entropy_BT = packed_logps(policy, *scored, entropy_grad=loss_cfg.entropy != 0)
-        if first:
-            old_of[b.start] = rollout.logps_BT[b] if loss_cfg.old_logps == "sampled" else logps_BT.detach()
-        loss, sums = policy_loss(
-            logps_BT,
-            old_of[b.start],
-            advantages_B[b],
-            mask_BT[b],
-            weights_BT[b],
-            ratio=loss_cfg.ratio,
-            clip=loss_cfg.clip,
-            clip_low=loss_cfg.clip_low,
-            clip_high=loss_cfg.clip_high,
-            ref_logps_BT=ref_of.get(b.start),
-            beta=loss_cfg.beta,
-            kl=loss_cfg.kl,
-            kl_clamp=loss_cfg.kl_clamp,
-            entropy_BT=entropy_BT,
-            entropy_coef=loss_cfg.entropy,
-        )
-        gap_BT = (logps_BT.detach() - rollout.logps_BT[b]).abs() * mask_BT[b] * first
-        sums |= {"loss": loss.detach(), "entropy": (entropy_BT.detach() * mask_BT[b]).sum()}
-        sums |= {"tokens": mask_BT[b].sum(), "gap": gap_BT.sum(), "gap_max": gap_BT.max()}
-        updates[-1].append(sums)
-        return loss
-
+    parts = micro_batches(run.engine.unwrap(policy), rollout, batch, cfg, run)
     policy.train()
-    for _ in range(loss_cfg.updates_per_rollout):
-        updates.append([])
-        run.engine.backward(policy, micro_batches, loss_of)
-        norm = run.engine.step(policy, optimizer, cfg.optim.grad_clip)
-        stats["grad_norm"] += norm / loss_cfg.updates_per_rollout
-        stats["num_skipped"] += not math.isfinite(norm)
-        stats["clipped"] = 0.0  # of the last update: in the first one the ratio is 1
-        for sums in fetch(updates[-1][: len(micro_batches)]) if mine else ():  # the others had weight 0
-            stats["gap_max"] = max(stats["gap_max"], sums.pop("gap_max"))
-            for name, value in sums.items():
-                stats[name] += value
+    for part in run.engine.evened(parts) if reference is not None else ():
+        with torch.no_grad(), reference.adapter_off():
+            part.ref_logps_BT, _ = part.logps(reference)
+    for _ in range(cfg.loss.updates_per_rollout):
+        run.engine.backward(policy, parts, partial(loss_of, policy, cfg=cfg.loss, stats=stats))
+        grad_norm = run.engine.step(policy, optimizer, cfg.optim.grad_clip)
+        stats.end_update(grad_norm, num_own=len(parts) if batch.mine else 0)
     return stats
-
-
-def fetch(passes: list[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
-    """The numbers of all passes at once: a device that is asked for each of them stands still as often.
-
-    >>> fetch([{"kl": torch.tensor(0.5), "num": torch.tensor(3)}, {"kl": torch.tensor(1.5), "num": torch.tensor(4)}])
-    [{'kl': 0.5, 'num': 3.0}, {'kl': 1.5, 'num': 4.0}]
-    """
-    values = torch.stack([value.double() for sums in passes for value in sums.values()])
-    return [dict(zip(passes[0], row, strict=True)) for row in values.view(len(passes), -1).tolist()]
 
 
 def load_reference(policy: Policy, cfg: GrpoConfig, run: Run) -> Policy | None:
@@ -231,20 +181,21 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
             with clock("step"):
                 lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)
                 with run.engine.whole_weights(cfg.model.gather_weights) as whole:
-                    groups = collect_groups(raw, loader, functions, cfg, step, run, clock, synced=not whole)
+                    rollout, rewards = sample_groups(raw, loader, functions, step, cfg, run, synced=not whole)
+                batch = choose_groups(rewards, cfg)
                 with clock("update"):
-                    stats = update(policy, reference, optimizer, groups, cfg, run)
-            metrics = step_metrics(groups, stats, functions, cfg, run) | {"data/num_replaced": loader.num_replaced}
-            metrics |= {"data/num_active": len(loader.samples), "lr": lr} | validator(step + 1, raw)
-            metrics |= clock.read()
+                    stats = update(policy, reference, optimizer, rollout, batch, cfg, run)
+            metrics = step_metrics(rollout, rewards, stats, functions, cfg, run)
+            metrics |= {"data/num_replaced": loader.num_replaced, "data/num_active": len(loader.samples), "lr": lr}
+            metrics |= validator(step + 1, raw) | clock.read()
             run.log(step + 1, metrics | {"tokens_per_s": metrics["tokens/completion"] / metrics["time/step"]})
-            rows = sample_rows(groups, step + 1, cfg)
+            rows = sample_rows(rollout, rewards, batch, step + 1)
             run.log_samples(rows)
-            warnings = alarm(metrics, frac_nearly_equal(groups, cfg))
+            warnings = alarm(metrics, frac_nearly_equal(rewards, cfg))
             if run.is_main:
                 print_step(step + 1, metrics, rows, warnings, cfg.run, run)
-            run.check_finite(step + 1, partial(batch_rows, groups, cfg, step + 1))
-            del groups  # the next step needs the memory of its videos' patches
+            run.check_finite(step + 1, [row | {"trained": row["group"] in batch.trained} for row in rows])
+            del rollout  # the next step needs the memory of its videos' patches
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state | loader.order.state | alarm.state)
     run.finish(lambda folder, weights: save_model(raw.model, raw.adapter, folder, cfg.model.path, weights))

@@ -6,7 +6,6 @@ The loss is the mean negative log-prob of the target's tokens (the answer block 
 """
 
 import math
-from functools import partial
 
 from config import SftConfig
 from runtime.arguments import from_command_line, user_errors
@@ -109,7 +108,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
             metrics |= {"update/num_skipped": float(not math.isfinite(grad_norm))}
             metrics |= validator(step + 1, raw) | clock.read()
             run.log(step + 1, metrics)
-            run.check_finite(step + 1, partial(batch_rows, prompts, targets, step + 1))
+            run.check_finite(step + 1, batch_rows(prompts, targets, step + 1))
             del prompts  # the next step needs the memory of their videos' patches
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state)

@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import tiny
-from config import ModelConfig
+from config import ModelConfig, RolloutConfig
 from policy import Policy, load_policy, pack, prompt_positions
 from prompts import Prompt
 from records.record import Sample
@@ -81,7 +81,7 @@ def sample(policy: Policy, prompt: Prompt, completions: list, tower_runs: int) -
     """Tokens (G, C) and their log-probs, of as many completions as are given, and as long."""
     group_size, num_new, device = len(completions), len(completions[0]), policy.device
     if tower_runs == 0:
-        rollout = generate(policy, [prompt], policy.embed_each([prompt]), group_size, num_new, micro_batch_size=1)
+        rollout = generate(policy, [prompt], policy.embed_each([prompt]), RolloutConfig(group_size, 1.0, num_new))
         return rollout.tokens_BT, rollout.logps_BT
     sampler = GumbelSampler(policy, [row_seed(0, 0, prompt.sample.id, g) for g in range(group_size)])
     ids = torch.tensor([prompt.ids] * tower_runs, device=device)  # generate() expands what the tower gave

@@ -8,7 +8,7 @@ them, scores them under a reference model, and updates the policy (AdamW, learni
 same). Both ways have equal weights, inputs, seeds and tokens, and take turns in one process; their tower is frozen.
 The 3b model is bfloat16, and takes (4096, 256, 8) with 4 videos and (16384, 256, 8) with 1; others have 1 video.
 
-    ours       train_grpo.collect_groups and train_grpo.update, as `train` calls them
+    ours       groups.sample_groups and train_grpo.update, as `train` calls them
     repeated   Hugging Face's generate on all rows at once with the tower run for every row, then reference and policy
                forwards over G rows of P + C tokens, one video at a time, the tower run for every row again; the head
                on completion tokens only, which not all public trainers do
@@ -110,9 +110,7 @@ def agreement(bench: Bench, tokens_BT: Tensor) -> tuple[float, float]:
     """Share of equal tokens under greedy sampling; largest difference of the log-probs of `tokens_BT`, once scored."""
     policy, prompts, r = bench.policy.eval(), bench.read(), bench.cfg.rollout
     try:
-        greedy = generate(
-            policy, prompts, policy.embed_each(prompts), r.group_size, r.max_new_tokens, len(prompts), seed=None
-        )
+        greedy = generate(policy, prompts, policy.embed_each(prompts), r, seed=None)
         same = (greedy.tokens_BT == sample_repeated(bench, prompts, greedy=True)[0]).float().mean().item()
         diffs = []
         for prompt, tokens_GT in zip(prompts, tokens_BT.split(r.group_size), strict=True):

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import tiny
+from config import RolloutConfig
 from model import attention
 from model.attention import SharedPrompt, make_span
 from policy import Packed, Policy, pack
@@ -257,7 +258,7 @@ def check_sampling(sizes: Sizes, device: torch.device, shrink: bool, folder: Pat
         for name, grids in (("equal prompts", sizes.grids[:1] * 2), ("unequal prompts", sizes.grids)):
             prompts = make_prompts(policy, sizes, grids)
             embeds = policy.embed_each(prompts)
-            rollout = generate(policy, prompts, embeds, sizes.group, sizes.new_tokens, micro_batch_size=2)
+            rollout = generate(policy, prompts, embeds, RolloutConfig(sizes.group, 1.0, sizes.new_tokens, 2))
             packed = pack(prompts, rollout.completions, policy.model.config, device)
             with torch.no_grad():
                 scored_N = policy(packed, torch.cat(embeds))[0]

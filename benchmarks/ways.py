@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 import tiny
 from config import DataConfig, GrpoConfig, LossConfig, ModelConfig, RolloutConfig, RunConfig, VideoConfig
 from data import Round
-from groups import score_groups
+from groups import choose_groups, sample_groups, score_groups
 from grpo import group_advantages, policy_loss, token_weights
 from policy import Policy, prompt_positions
 from preflight.plan import MODELS
@@ -31,7 +31,7 @@ from reward_functions import RewardFunction
 from rollout import GumbelSampler, Rollout, row_seed
 from runtime.clock import peak_bytes
 from runtime.run import Run
-from train_grpo import collect_groups, update
+from train_grpo import update
 from video.budget import read_geometry
 from video.frames import load_video
 
@@ -116,18 +116,22 @@ def ours(bench: Bench, meter: Meter) -> tuple[Tensor, Tensor]:
         prompts, num = bench.read(), len(bench.prompts)
         return Round(prompts, list(range(num)), num, list(range(num)), [0] * num, list(range(num)))
 
-    loader = SimpleNamespace(batch=read, samples=bench.prompts, order=SimpleNamespace(visited=lambda *_: None))
     names = {"vision": "generate", "rollout": "generate"}
+    loader = SimpleNamespace(
+        batch=read,
+        samples=bench.prompts,
+        order=SimpleNamespace(visited=lambda *_: None),
+        clock=lambda phase: meter(names.get(phase, phase)),
+    )
     with timed_calls(bench.policy.model, "generate") as decode:
-        groups = collect_groups(
-            bench.policy, loader, FUNCTIONS, bench.cfg, 0, bench.run, lambda phase: meter(names.get(phase, phase))
-        )
+        rollout, rewards = sample_groups(bench.policy, loader, FUNCTIONS, 0, bench.cfg, bench.run)
     with timed_calls(bench.reference, "forward") as reference, meter("update"):
-        update(bench.policy, bench.reference, bench.optimizer, groups, bench.cfg, bench.run)
+        batch = choose_groups(rewards, bench.cfg)
+        update(bench.policy, bench.reference, bench.optimizer, rollout, batch, bench.cfg, bench.run)
     if not meter.memory:
         meter.found |= {"decode": sum(decode), "reference": sum(reference)}
         meter.found["update"] -= sum(reference)
-    return groups.rollout.tokens_BT, groups.rollout.logps_BT
+    return rollout.tokens_BT, rollout.logps_BT
 
 
 @torch.no_grad()
@@ -163,7 +167,7 @@ def repeated(bench: Bench, meter: Meter) -> tuple[Tensor, Tensor]:
     with meter("reward"):
         texts = policy.tokenizer.batch_decode(tokens_BT, skip_special_tokens=False)
         mask_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-        rollout = Rollout(tuple(prompts), tokens_BT, mask_BT, logps_BT, mask_BT[:, 0], texts)
+        rollout = Rollout(tuple(prompts), (), tokens_BT, mask_BT, logps_BT, mask_BT[:, 0], texts)
         totals_PG = score_groups(rollout, FUNCTIONS, cfg, 0)[1][..., 0]
     loss_cfg = cfg.loss
     advantages_PG = group_advantages(
@@ -186,8 +190,8 @@ def repeated(bench: Bench, meter: Meter) -> tuple[Tensor, Tensor]:
                 advantages_PG[p].to(policy.device),
                 mask_BT[rows],
                 weights_BT[rows],
+                loss_cfg,
                 ref_logps_BT=ref_logps_BT,
-                beta=loss_cfg.beta,
             )
             loss.backward()
     with meter("update"):

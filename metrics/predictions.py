@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from answers import parse_response
+from config import RolloutConfig
 from data import read_ahead
 from metrics.rows import truth_of
 from policy import Policy
@@ -68,7 +69,8 @@ def _answers(
 ) -> list[tuple[list[str], dict]]:
     """`num` responses to each prompt, and what they took."""
     embeds = policy.embed_each(prompts)
-    rollout = generate(policy, prompts, embeds, num, cfg.max_new_tokens, cfg.batch_size, seed, synced=synced)
+    sizes = RolloutConfig(group_size=num, max_new_tokens=cfg.max_new_tokens, micro_batch_size=cfg.batch_size)
+    rollout = generate(policy, prompts, embeds, sizes, seed, synced=synced)
     groups = [slice(i, i + num) for i in range(0, len(rollout.texts), num)]
     used = [
         {"num_tokens": int(rollout.mask_BT[g].sum()), "num_truncated": int(rollout.truncated_B[g].sum())}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import flat
+from config import RolloutConfig, flat
 from data import read_ahead
 from model.attention import make_span
 from policy import Packed, Policy, pack, prompt_positions
@@ -33,7 +33,7 @@ from video.frames import Video
 from video.workers import Workers
 
 NUM_TRIED = 8  # samples until one can be read; what becomes of a run where none can is for the loader to say
-GROUP_SIZE, NEW_TOKENS, PROBE_TOKENS = 2, 8, 8
+SIZES, PROBE_TOKENS = RolloutConfig(group_size=2, max_new_tokens=8, micro_batch_size=1), 8
 # Of the mean |difference| of log-probs that should be equal. Measured on tiny models of both families, trained ones and
 # random ones, and on random ones of 28 layers: at most 5e-6 (2e-5 for a single token) in float32; 0.026 (0.094) in
 # bfloat16, where logits between 16 and 32 are 0.125 apart.
@@ -113,7 +113,7 @@ def check_model(
         video_embeds = raw.embed_videos([prompt])
         _raise_together(count_failures(prompt, len(video_embeds), raw, builder), run)
         _raise_together(attention_failures(raw, len(prompt.ids), ragged_lengths(cfg)), run)
-        rollout = generate(raw, [prompt], [video_embeds], GROUP_SIZE, NEW_TOKENS, micro_batch_size=1, synced=not whole)
+        rollout = generate(raw, [prompt], [video_embeds], SIZES, synced=not whole)
     packed = pack([prompt], [[*rollout.completions[0], probe(prompt, raw)]], raw.model.config, raw.device)
     logps_N = policy(packed)[0]
     sampled_N = rollout.logps_BT[rollout.mask_BT]

@@ -266,24 +266,28 @@ class Engine:
         with self.watchdog.meeting():
             return None if self._sharded is None else self.accelerator.get_state_dict(self._sharded)
 
+    def evened(self, micro_batches: Sequence) -> list:
+        """As many on every process, to make equal calls: one that has fewer than others repeats its first one."""
+        num = int(self.maximum(len(micro_batches)))
+        return [*micro_batches, *micro_batches[:1] * (num - len(micro_batches))]
+
     def backward(self, model, micro_batches: Sequence, loss_of: Callable) -> None:
         """Gradients of the sum of `loss_of(micro_batch)`; each is already divided by the step's denominator.
 
-        The number of passes is the largest of all processes: one that has run out repeats its first micro-batch with
-        weight 0, so that every collective call finds its partners. Engines average over processes; we want the sum.
-        A loss that is not finite makes the gradient so, on all processes.
+        What `evened` repeats has weight 0. Engines average over processes; we want the sum. A loss that is not finite
+        makes the gradient so, on all processes.
         """
-        num, world = int(self.maximum(len(micro_batches))), self.world_size
+        passes = self.evened(micro_batches)
         self._losses = []
-        for i in range(num):
-            last = i == num - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reduces and steps at the last one
-            delay = self.accelerator.distributed_type in DDP and not last
+        for i, micro_batch in enumerate(passes):
+            is_last = i == len(passes) - 1
+            self.accelerator.gradient_state._set_sync_gradients(is_last)  # DeepSpeed reduces and steps at the last one
+            delay = self.accelerator.distributed_type in DDP and not is_last
             with model.no_sync() if delay else nullcontext(), self.watchdog.meeting():
-                loss = loss_of(micro_batches[i if i < len(micro_batches) else 0])
+                loss = loss_of(micro_batch)
                 self._losses.append(loss.detach())
                 spread = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-                self.accelerator.backward(loss * spread * (world if i < len(micro_batches) else 0.0))
+                self.accelerator.backward(loss * spread * (self.world_size if i < len(micro_batches) else 0.0))
 
     def step(self, model, optimizer, grad_clip: float) -> float:
         """Clip, step and clear; returns the gradient norm before clipping, the same on all processes.

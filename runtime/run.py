@@ -218,10 +218,10 @@ class Run:
         """
         return self._stop_request.number if self.stopped and not is_launched() else None
 
-    def check_finite(self, step: int, rows: Callable[[], list[dict]]) -> None:
+    def check_finite(self, step: int, rows: Sequence[dict]) -> None:
         """End the run where too many updates in a row were skipped, or where the gradient of the first one was huge.
 
-        `rows()` is this process's part of the batch.
+        `rows` are this process's part of the batch.
         """
         norm, limit = self.engine.first_norm, self.cfg.max_first_grad_norm
         if limit and norm > limit:
@@ -234,7 +234,7 @@ class Run:
         if self.engine.skipped_in_a_row < self.cfg.max_skipped:
             return
         path, found = self.dir / "not_finite.json", self.engine.gather_rows(self.engine.not_finite)
-        content = {"step": step, "not_finite": found, "batch": self.engine.gather_rows(rows())}
+        content = {"step": step, "not_finite": found, "batch": self.engine.gather_rows(rows)}
         self.engine.raise_together(lambda: write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
         num = self.engine.skipped_in_a_row
         self._end(f"error: {num} updates in a row had no finite gradient (run.max_skipped); the batch is in {path}")

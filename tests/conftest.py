@@ -14,6 +14,7 @@ import config
 import prompts
 import tiny
 import train_sft
+from groups import GroupRewards, Scores
 from policy import Policy, load_policy
 from records import files
 from runtime.run import Run
@@ -104,6 +105,13 @@ def write_data(world: Path, folder: Path, num: int, bad: dict[int, bytes | str])
 
 def folder_size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def rewards_of(totals_NG: torch.Tensor, earned_NG=None, tokens_NG=None, places=()) -> GroupRewards:
+    """What N groups earned, with all completions right; every completion has two tokens unless it is said."""
+    earned_NG = totals_NG if earned_NG is None else earned_NG
+    tokens_NG = torch.full_like(totals_NG, 2.0) if tokens_NG is None else tokens_NG
+    return GroupRewards([], list(places), Scores(totals_NG, earned_NG, earned_NG, tokens_NG), num_refills=0)
 
 
 class RecordingSGD(torch.optim.SGD):

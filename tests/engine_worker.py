@@ -8,12 +8,13 @@ import io
 import shutil
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from conftest import make_cfg, make_policy, make_prompts, metrics_of, open_run, sft_cfg, sgd
+from conftest import make_cfg, make_policy, make_prompts, metrics_of, open_run, rewards_of, sft_cfg, sgd
 
 import config
 import eval as evaluation
@@ -22,11 +23,11 @@ import select_data
 import train_grpo
 import train_sft
 from config import GrpoConfig
+from groups import Batch, choose_groups
 from model.optim import make_optimizer, set_learning_rate
 from policy import pack
 from rollout import Rollout, generate
 from runtime.run import Run
-from train_grpo import Groups
 
 NUM_STEPS, NUM_VIDEOS, GROUP_SIZE, LONGEST = 20, 4, 4, 9
 ADAMW = ("loss.beta=0.1", "optim.lr=3e-4", "optim.warmup_steps=3", "optim.schedule=cosine", "optim.weight_decay=0.1")
@@ -66,10 +67,12 @@ def recorded(prompts, step: int, dead: tuple[int, ...]) -> tuple[Rollout, torch.
     truncated_B, texts = torch.zeros(len(lengths_B)).bool(), [""] * len(lengths_B)
     rewards_NG = torch.randn(NUM_VIDEOS, GROUP_SIZE, generator=generator)
     rewards_NG[list(dead)] = 0.7
-    return Rollout(tuple(prompts), tokens_BT, mask_BT, torch.zeros(mask_BT.shape), truncated_B, texts), rewards_NG
+    embeds = (torch.empty(0),) * len(prompts)  # for the caller to fill in
+    logps_BT = torch.zeros(mask_BT.shape)
+    return Rollout(tuple(prompts), embeds, tokens_BT, mask_BT, logps_BT, truncated_B, texts), rewards_NG
 
 
-def own_groups(raw, prompts, step: int, run: Run) -> Groups:
+def own_groups(raw, prompts, step: int, cfg, run: Run) -> tuple[Rollout, Batch]:
     """This process's share of a step; one process has all of it."""
     split, dead = SPLITS[step % len(SPLITS)]
     some = [prompts[(NUM_VIDEOS * step + i) % len(prompts)] for i in range(NUM_VIDEOS)]
@@ -79,8 +82,8 @@ def own_groups(raw, prompts, step: int, run: Run) -> Groups:
     tokens_NG = rollout.mask_BT.sum(1).view(NUM_VIDEOS, GROUP_SIZE)
     rollout = rollout.take(own)
     with run.engine.whole_weights():
-        embeds = raw.embed_each(rollout.prompts)
-    return Groups(rollout, embeds, [], own, rewards_NG, rewards_NG, rewards_NG, tokens_NG, num_refills=0)
+        rollout = replace(rollout, video_embeds=tuple(raw.embed_each(rollout.prompts)))
+    return rollout, choose_groups(rewards_of(rewards_NG, tokens_NG=tokens_NG, places=own), cfg)
 
 
 class Recorder:
@@ -132,10 +135,15 @@ def train_recorded(world: Path, cfg: GrpoConfig, case: str) -> dict:
 
 def recorded_step(raw, policy, reference, optimizer, prompts, step: int, cfg, run: Run) -> dict:
     recorder = train_grpo.packed_logps = Recorder()
-    stats = train_grpo.update(policy, reference, optimizer, own_groups(raw, prompts, step, run), cfg, run)
+    own = own_groups(raw, prompts, step, cfg, run)
+    stats = train_grpo.update(policy, reference, optimizer, *own, cfg, run)
     rows = {key: value for part in run.engine.gather_rows([recorder.rows]) for key, value in part.items()}
-    sums = run.engine.sums({name: stats[name] for name in ("kl", "tokens", "clipped")})
-    return sums | {"grad_norm": stats["grad_norm"], "logps": rows, "kl": sums["kl"] / sums["tokens"]}
+    sums = run.engine.sums({name: getattr(stats, name) for name in ("kl", "tokens", "clipped")})
+    return sums | {
+        "grad_norm": sum(stats.grad_norms) / max(1, len(stats.grad_norms)),
+        "logps": rows,
+        "kl": sums["kl"] / sums["tokens"],
+    }
 
 
 def weights_of(raw, run: Run) -> dict[str, torch.Tensor]:
@@ -186,7 +194,8 @@ def count_gathers(raw, prompts, max_new_tokens: int, gather: bool, run: Run) -> 
     generation, raw.model.generation_config.eos_token_id = raw.model.generation_config.eos_token_id, None
     with torch.profiler.profile() as profile, run.engine.whole_weights(gather) as whole:
         embeds = raw.embed_each(prompts[:2])
-        generate(raw, prompts[:2], embeds, 2, max_new_tokens, 2, synced=not whole)
+        sizes = config.RolloutConfig(group_size=2, max_new_tokens=max_new_tokens, micro_batch_size=2)
+        generate(raw, prompts[:2], embeds, sizes, synced=not whole)
     raw.eos_ids, raw.model.generation_config.eos_token_id = eos_ids, generation
     return sum("gather" in event.name for event in profile.events() if event.name.startswith("gloo:"))
 

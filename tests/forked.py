@@ -184,7 +184,7 @@ def loss_times(factor: float, rank: int, first_step: int) -> None:
         train_grpo.update = partial(_update, update, train_grpo.policy_loss, factor, first_step)
 
 
-def _update(update, policy_loss, times, first_step, policy, reference, optimizer, groups, cfg, run):
+def _update(update, policy_loss, times, first_step, policy, reference, optimizer, rollout, batch, cfg, run):
     factor = times if run.engine.watchdog.step >= first_step else 1.0
 
     def loss(*args, **kwargs):
@@ -192,4 +192,4 @@ def _update(update, policy_loss, times, first_step, policy, reference, optimizer
         return value * factor, sums
 
     train_grpo.policy_loss = loss
-    return update(policy, reference, optimizer, groups, cfg, run)
+    return update(policy, reference, optimizer, rollout, batch, cfg, run)

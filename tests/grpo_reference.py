@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from config import LossConfig
 from grpo import (
     policy_loss,
     token_weights,
@@ -101,9 +102,9 @@ def our_loss(b, weights, kl="k3", beta=0.0, entropy_coef=0.0, **how):
     x = {name: torch.tensor(value) for name, value in b.items()}
     x["logps"].requires_grad_(True)
     x["entropy"].requires_grad_(True)
-    how |= dict(ref_logps_BT=x["ref"], beta=beta, kl=kl, kl_clamp=1.0) if beta else {}
-    how |= dict(entropy_BT=x["entropy"], entropy_coef=entropy_coef) if entropy_coef else {}
-    loss, sums = policy_loss(x["logps"], x["old"], x["advantages"], x["mask"], torch.as_tensor(weights), **how)
+    cfg = LossConfig(beta=beta, kl=kl, kl_clamp=1.0, entropy=entropy_coef, **how)
+    given = (x["logps"], x["old"], x["advantages"], x["mask"], torch.as_tensor(weights), cfg)
+    loss, sums = policy_loss(*given, x["ref"] if beta else None, x["entropy"] if entropy_coef else None)
     loss.backward()
     assert not any(value.requires_grad for value in sums.values())
     entropy_grad = x["entropy"].grad if entropy_coef else torch.zeros_like(x["entropy"])

@@ -201,7 +201,7 @@ def test_sampling_holds_what_generate_does(world, family):
     prompts = [make_prompt(real.model.config, TEXT - i) for i in range(2)]
     meter, kept = Meter(), []
     meter.peak_of(lambda: kept.extend(real.embed_each(prompts)))
-    sampled = meter.peak_of(lambda: generate(real, prompts, kept, G, T, 2))
+    sampled = meter.peak_of(lambda: generate(real, prompts, kept, config.RolloutConfig(G, 1.0, T, 2)))
     run, prompts = DryRun(SPEED), [make_prompt(meta.model.config, device=META)] * 2
     with run:
         run.begin("vision")

@@ -80,13 +80,13 @@ def test_updates_that_are_skipped_in_a_row_end_the_run(tmp_path):
     for i, bad in enumerate((1, 1, 0, 1, 1, 1, 1)):
         run.engine.backward(model, [torch.ones(1, 2)], lambda x, bad=bad: model(x).sum() * (torch.nan if bad else 1.0))
         run.engine.step(model, optimizer, 1.0)
-        run.check_finite(i + 1, lambda: rows)
+        run.check_finite(i + 1, rows)
     run.log(7, {"grad_norm": math.nan, "loss": -math.inf, "lr": 0.1})
     assert run.rows("metrics.jsonl") == [{"step": 7, "lr": 0.1}]
     run.save_checkpoint(7, {})
     stricter = open_run(tmp_path / "a", resume=True, max_skipped=4)
     with pytest.raises(SystemExit, match="error: 4 updates in a row"):  # though none was taken since it resumed
-        stricter.check_finite(8, lambda: rows)
+        stricter.check_finite(8, rows)
     again = open_run(tmp_path / "a", resume=True)
     model, optimizer = prepared(again)
     again.engine.backward(model, [torch.ones(1, 2)], lambda x: model(x).sum() * torch.nan)
@@ -95,7 +95,7 @@ def test_updates_that_are_skipped_in_a_row_end_the_run(tmp_path):
     with pytest.raises(
         SystemExit, match=rf"error: 5 updates in a row had no finite gradient .*; the batch is in {path}"
     ):
-        again.check_finite(8, lambda: rows)
+        again.check_finite(8, rows)
     content = json.loads(path.read_text())
     assert (content["step"], content["batch"]) == (8, rows) and content["not_finite"][0] == "rank 0: loss nan in pass 0"
 
@@ -108,7 +108,7 @@ def test_a_huge_gradient_in_the_first_update_ends_the_run(tmp_path):
         for factor in factors:  # gradient (1, 1, 1) times the factor
             run.engine.backward(model, [torch.ones(1, 2)], lambda x, factor=factor: model(x).sum() * factor)
             run.engine.step(model, optimizer, 1.0)
-            run.check_finite(1, list)
+            run.check_finite(1, [])
 
     run = open_run(tmp_path / "a")
     updates(run, math.nan, 0.0, 5e3, 1e9)

@@ -20,6 +20,7 @@ from grpo_reference import (
     our_weights,
 )
 
+from config import LossConfig
 from grpo import (
     completion_mask,
     group_advantages,
@@ -238,7 +239,8 @@ def test_no_argument_is_changed():
     copies = {name: value.clone() for name, value in b.items()}
     args = [b[name] for name in ("logps", "old", "advantages", "mask", "weights")]
     for ratio, clip, kl in itertools.product(RATIOS, ("ppo", "none", "cispo"), KLS):
-        policy_loss(*args, ratio, clip, 0.2, 0.3, b["ref"], 0.1, kl, 0.1, b["entropy"], 0.1)
+        cfg = LossConfig(ratio=ratio, clip=clip, clip_high=0.3, beta=0.1, kl=kl, kl_clamp=0.1, entropy=0.1)
+        policy_loss(*args, cfg, b["ref"], b["entropy"])
     for aggregation in AGGREGATIONS:
         token_weights(b["mask"], aggregation, 7, B, MAX_TOKENS)
     for baseline, scale in itertools.product(BASELINES, SCALES):

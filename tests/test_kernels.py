@@ -2,16 +2,18 @@
 
 import copy
 import importlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, make_cfg, make_policy, make_prompts, open_run, sgd
+from conftest import REPO, make_cfg, make_policy, make_prompts, open_run, rewards_of, sgd
 from cuda_kernels import CudaKernels, emulate, forward
 from test_attention import SCALE, completions_inputs, dense, draw
 from test_update import UPDATE, recorded_rollout
 
 import train_grpo
+from groups import choose_groups
 from model import attention
 from model.attention import (
     CompletionAttention,
@@ -25,7 +27,6 @@ from model.attention import (
 from policy import pad_rows
 from preflight import kernelcheck
 from preflight.kernelcheck import attention_errors
-from train_grpo import Groups
 
 KERNELS = [("flash", torch.bfloat16), ("flash", torch.float32), ("efficient", torch.float32)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a value or a gradient, relative to the largest
@@ -202,15 +203,15 @@ def one_update(world, tmp_path, name: str, dtype: str, lora: bool, monkeypatch, 
     totals_NG = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
     optimizer = sgd(raw, cfg.optim)
     policy, prepared = run.engine.accelerator.prepare(raw, optimizer)
-    embeds = raw.embed_each(rollout.prompts)
-    groups = Groups(rollout, embeds, [], [0, 1, 2, 3], totals_NG, totals_NG, totals_NG, tokens_NG, num_refills=0)
+    rollout = replace(rollout, video_embeds=tuple(raw.embed_each(rollout.prompts)))
+    batch = choose_groups(rewards_of(totals_NG, tokens_NG=tokens_NG, places=range(4)), cfg)
     with monkeypatch.context() as patch:
         if name == "repeated":
             patch.syspath_prepend(str(REPO / "benchmarks"))
             patch.setattr(train_grpo, "packed_logps", repeated)
         else:
             kernels = emulate(patch, name)
-        train_grpo.update(policy, reference, prepared, groups, cfg, run)
+        train_grpo.update(policy, reference, prepared, rollout, batch, cfg, run)
     if name != "repeated":
         assert kernels.calls[f"{name}_backward"] == 2 * 4 * 4  # two parts of attention, four layers, four videos
     return {key: p.float() for (key, _), p in zip(trained(raw), optimizer.grads, strict=True)}, rollout

@@ -17,6 +17,7 @@ from test_policy import assert_same_gradients, completions_for, gradients, repea
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import config
+from config import RolloutConfig
 from model import folder
 from model.folder import save_model
 from policy import load_policy, pack, packed_logps
@@ -126,7 +127,7 @@ def test_sampled_is_close_to_scored_in_bfloat16(world, family):
 def sampled_gap(world, policy, seed):
     """|sampled - scored| log-prob of each token of 8 completions of 3 prompts, which the adapter has changed."""
     prompts = make_prompts(world, policy)
-    rollout = generate(policy, prompts, policy.embed_each(prompts), 8, 6, 8, seed)
+    rollout = generate(policy, prompts, policy.embed_each(prompts), RolloutConfig(8, 1.0, 6, 8), seed)
     packed = pack(prompts, rollout.completions, policy.model.config, "cpu")
     scored_BT = packed_logps(policy, packed, None, rollout.mask_BT.shape[1])[0]
     with policy.adapter_off():

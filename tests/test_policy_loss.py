@@ -23,6 +23,7 @@ from grpo_reference import (
     spoil,
 )
 
+from config import LossConfig
 from grpo import (
     group_advantages,
     kl_estimate,
@@ -54,7 +55,7 @@ def test_the_clips_by_hand(ratio, advantage, ppo, cispo):
     expected = {"ppo": ppo, "none": (-ratio * advantage, -ratio * advantage, 0), "cispo": (cispo[0] * logp, *cispo)}
     for clip, wanted in expected.items():
         logps = f64([logp]).requires_grad_(True)
-        loss, sums = policy_loss(logps, -one, f64(advantage), mask, one, "token", clip, 0.2, 0.3)
+        loss, sums = policy_loss(logps, -one, f64(advantage), mask, one, LossConfig(clip=clip, clip_high=0.3, beta=0.0))
         loss.backward()
         assert (loss.item(), logps.grad.item(), sums["clipped"].item()) == pytest.approx(wanted)
         assert sums["kl"].item() == 0
@@ -71,7 +72,9 @@ def test_gspo_by_hand():
         ("ppo", -1.3 + 0.8, [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], 3),
         ("cispo", -0.65 * (-7 + 4 * LN2) + 0.8 * (-1 - LN2), [[-0.65, -0.65, 0.0], [0.8, 0.0, 0.0]], 3),
     ]:
-        ours, sums = policy_loss(logps, old, f64(1.0, -1.0), mask, weights, "sequence", clip, 0.2, 0.3)
+        ours, sums = policy_loss(
+            logps, old, f64(1.0, -1.0), mask, weights, LossConfig(ratio="sequence", clip=clip, clip_high=0.3, beta=0.0)
+        )
         assert ours.item() == pytest.approx(loss) and sums["clipped"].item() == clipped
         torch.testing.assert_close(torch.autograd.grad(ours, logps)[0], f64(*grad))
 
@@ -82,8 +85,8 @@ def test_the_whole_loss_by_hand():
     logps = f64([-1.0, -2.0], [-3.0, 0.0]).requires_grad_(True)
     entropy = f64([1.0, 2.0], [3.0, 4.0]).requires_grad_(True)
     mask = torch.tensor([[True, True], [True, False]])
-    old, how = logps.detach(), dict(beta=0.1, entropy_BT=entropy, entropy_coef=0.01)
-    loss, sums = policy_loss(logps, old, f64(1.0, -1.0), mask, mask / 3, ref_logps_BT=old + LN2, **how)
+    old, cfg = logps.detach(), LossConfig(beta=0.1, entropy=0.01)
+    loss, sums = policy_loss(logps, old, f64(1.0, -1.0), mask, mask / 3, cfg, old + LN2, entropy)
     loss.backward()
     assert loss.item() == pytest.approx((-1 + 0.3 * 0.3068528194 - 0.06) / 3)
     torch.testing.assert_close(logps.grad, f64([-1.1 / 3, -1.1 / 3], [0.9 / 3, 0.0]))
@@ -96,8 +99,8 @@ def test_an_unknown_variant_is_an_error_that_names_it(name):
     one, mask = f64([0.0]), torch.ones(1, 1, dtype=torch.bool)
     calls = {
         "k9": lambda: kl_estimate(one, one, kind="k9"),
-        "batch": lambda: policy_loss(one, one, one[0], mask, one, ratio="batch"),
-        "trpo": lambda: policy_loss(one, one, one[0], mask, one, clip="trpo"),
+        "batch": lambda: policy_loss(one, one, one[0], mask, one, LossConfig(ratio="batch")),
+        "trpo": lambda: policy_loss(one, one, one[0], mask, one, LossConfig(clip="trpo")),
         "median": lambda: token_weights(mask, "median", 1, 1, 1),
         "value": lambda: group_advantages(f64([0.0, 1.0]), baseline="value"),
         "minmax": lambda: group_advantages(f64([0.0, 1.0]), scale="minmax"),

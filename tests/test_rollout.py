@@ -5,15 +5,15 @@ import torch
 from conftest import make_policy, make_prompts
 from test_policy import repeated_logps
 
+from config import RolloutConfig
 from model.attention import GroupLayer
 from policy import pack, packed_logps, prompt_positions
 from rollout import generate, row_seed
 
 
 def sample(policy, prompts, group_size=3, max_new_tokens=6, micro_batch_size=8, seed=0, step=0):
-    return generate(
-        policy, prompts, policy.embed_each(prompts), group_size, max_new_tokens, micro_batch_size, seed, step
-    )
+    sizes = RolloutConfig(group_size, 1.0, max_new_tokens, micro_batch_size)
+    return generate(policy, prompts, policy.embed_each(prompts), sizes, seed, step)
 
 
 def scored(policy, rollout):
@@ -122,7 +122,7 @@ def test_sampling_mutates_no_input(world):
     prompts = make_prompts(world, policy)
     embeds = policy.embed_each(prompts)
     copies, ids = [tensor.clone() for tensor in embeds], [list(prompt.ids) for prompt in prompts]
-    generate(policy, prompts, embeds, 2, 4, 8)
+    generate(policy, prompts, embeds, RolloutConfig(group_size=2, max_new_tokens=4))
     assert all(torch.equal(a, b) for a, b in zip(embeds, copies)) and ids == [prompt.ids for prompt in prompts]
 
 
@@ -159,4 +159,4 @@ def test_completions_that_do_not_see_their_prompt_are_an_error(world, monkeypatc
     policy = make_policy(world)
     prompts = make_prompts(world, policy, num)[:num]
     with pytest.raises(RuntimeError):
-        generate(policy, prompts, policy.embed_each(prompts), 2, 3, num)
+        generate(policy, prompts, policy.embed_each(prompts), RolloutConfig(2, 1.0, 3, num))

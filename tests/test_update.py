@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import (
     metrics_of,
     open_run,
     read_jsonl,
+    rewards_of,
     sft_cfg,
     sgd,
     weights_of,
@@ -26,6 +28,7 @@ import train_grpo
 import train_sft
 from config import DataConfig, GrpoConfig, PromptConfig
 from data import batch_indices, refill_indices
+from groups import choose_groups
 from grpo import group_advantages
 from policy import Policy, pack, packed_logps
 from records.files import read_samples
@@ -34,8 +37,7 @@ from rewards import score
 from rollout import Rollout
 from runtime import engine
 from runtime.run import Run
-from step_log import frac_nearly_equal
-from train_grpo import Alarm, Groups, choose_groups
+from step_log import Alarm, frac_nearly_equal
 
 NO_CLIPPING = "optim.grad_clip=1e9"
 UPDATE = ("loss.beta=0.1", "loss.old_logps=sampled", "loss.clip_high=0.3", "optim.lr=1.0", NO_CLIPPING)
@@ -65,7 +67,9 @@ def recorded_rollout(policy: Policy, prompts, group_size: int = 4) -> Rollout:
     mask_BT = torch.arange(9) < lengths_B[:, None]
     noise_BT = 0.3 * torch.randn(mask_BT.shape, generator=generator) * mask_BT
     texts = [""] * len(lengths_B)
-    silent = Rollout(tuple(prompts), tokens_BT, mask_BT, noise_BT, torch.zeros(len(lengths_B)).bool(), texts)
+    embeds = tuple(policy.embed_each(prompts))
+    not_cut_B = torch.zeros(len(lengths_B)).bool()
+    silent = Rollout(tuple(prompts), embeds, tokens_BT, mask_BT, noise_BT, not_cut_B, texts)
     packed = pack(prompts, silent.completions, policy.model.config, "cpu")
     with torch.no_grad():
         return dataclasses.replace(silent, logps_BT=packed_logps(policy, packed, None, 9)[0] + noise_BT)
@@ -86,11 +90,14 @@ def update_once(
     totals_NG[list(dead)] = 0.7
     optimizer = sgd(raw, cfg.optim)
     policy, prepared = run.engine.accelerator.prepare(raw, optimizer)
-    embeds = raw.embed_each(rollout.prompts)
-    own = list(range(start, stop))
-    groups = Groups(rollout, embeds, [], own, totals_NG, totals_NG, totals_NG, tokens_NG, num_refills=0)
-    stats = train_grpo.update(policy, reference, prepared, groups, cfg, run)
-    return {"grads": optimizer.grads, "params": [p.detach().clone() for p in raw.parameters()], "stats": stats}
+    rollout = replace(rollout, video_embeds=tuple(raw.embed_each(rollout.prompts)))
+    batch = choose_groups(rewards_of(totals_NG, tokens_NG=tokens_NG, places=range(start, stop)), cfg)
+    stats = train_grpo.update(policy, reference, prepared, rollout, batch, cfg, run)
+    return {
+        "grads": optimizer.grads,
+        "params": [p.detach().clone() for p in raw.parameters()],
+        "stats": dataclasses.asdict(stats) | {"grad_norm": sum(stats.grad_norms)},
+    }
 
 
 def assert_same_update(ours, theirs):
@@ -341,33 +348,27 @@ def test_a_step_with_dead_groups_only_moves_nothing(world, tmp_path):
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights_of(tmp_path / "run").items())
 
 
-def groups_of(totals, earned=None, tokens=None) -> Groups:
-    totals = torch.tensor(totals)
-    earned = totals if earned is None else torch.tensor(earned)
-    tokens = torch.full_like(totals, 2.0) if tokens is None else torch.tensor(tokens)
-    return Groups(None, [], [], [], totals, earned, earned, tokens, 0)
-
-
 def test_a_batch_is_filled_with_live_groups_first(world, tmp_path):
     """Six sampled, batch of four: the mixed 1, 4 and 5, then the first dead one, 0."""
     totals = [[0.5, 0.5], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.2, 0.4]]
     cfg = make_cfg(world, tmp_path, "rollout.group_size=2", "loss.scale=none")
-    batch, trained, advantages = choose_groups(groups_of(totals), cfg)
-    assert (batch, trained) == ([1, 4, 5, 0], [1, 4, 5])
+    batch = choose_groups(rewards_of(torch.tensor(totals)), cfg)
+    assert (batch.groups, batch.trained) == ([1, 4, 5, 0], [1, 4, 5])
     expected = [[0, 0], [-0.5, 0.5], [0, 0], [0, 0], [0.5, -0.5], [-0.1, 0.1]]
-    torch.testing.assert_close(advantages, torch.tensor(expected))
+    torch.testing.assert_close(batch.advantages_NG, torch.tensor(expected))
     cfg = make_cfg(world, tmp_path, "rollout.group_size=2", "group.skip_dead=false", "group.tolerance=0.2")
-    assert choose_groups(groups_of(totals), cfg)[:2] == ([1, 4, 0, 2], [1, 4, 0, 2])  # 5: std 0.14
+    batch = choose_groups(rewards_of(torch.tensor(totals)), cfg)
+    assert batch.groups == batch.trained == [1, 4, 0, 2]  # 5: std 0.14
 
 
 def test_groups_that_differ_in_length_alone_or_have_no_tokens_are_dead(world, tmp_path):
     """Group 0 earns the same but for a penalty; of group 1 every completion is masked; group 2 lives."""
     totals, earned = [[0.5, 0.2], [0.0, 1.0], [0.0, 1.0]], [[0.5, 0.5], [0.0, 1.0], [0.0, 1.0]]
     cfg = make_cfg(world, tmp_path, "rollout.group_size=2", "loss.scale=none")
-    groups = groups_of(totals, earned, [[3.0, 3.0], [0.0, 0.0], [0.0, 4.0]])
-    batch, trained, advantages = choose_groups(groups, cfg)
-    assert trained == [2] and batch == [2, 0, 1]
-    torch.testing.assert_close(advantages, torch.tensor([[0.0, 0.0], [0.0, 0.0], [-0.5, 0.5]]))
+    tokens = [[3.0, 3.0], [0.0, 0.0], [0.0, 4.0]]
+    batch = choose_groups(rewards_of(*map(torch.tensor, (totals, earned, tokens))), cfg)
+    assert batch.trained == [2] and batch.groups == [2, 0, 1]
+    torch.testing.assert_close(batch.advantages_NG, torch.tensor([[0.0, 0.0], [0.0, 0.0], [-0.5, 0.5]]))
 
 
 def test_refills_are_other_videos_and_depend_on_nothing_else():
@@ -454,10 +455,9 @@ def test_a_hundredth_of_a_second_is_no_signal():
     assert totals[9.01][0, 0] - totals[9.01][0, 1] == pytest.approx(0.000278, abs=1e-6)
     assert group_advantages(totals[9.01])[0, 0].item() == pytest.approx(2.45, abs=0.01)
     for end, alive in ((9.01, 0), (9.5, 1)):
-        groups = Groups(None, [], [], [0], totals[end], totals[end], totals[end], torch.ones(1, 8), num_refills=0)
-        advantages_NG = choose_groups(groups, cfg)[2]
-        assert advantages_NG[0, 0].item() == pytest.approx(2.47 * alive, abs=0.01)
-        assert frac_nearly_equal(groups, cfg) == 1 - alive
+        rewards = rewards_of(totals[end])
+        assert choose_groups(rewards, cfg).advantages_NG[0, 0].item() == pytest.approx(2.47 * alive, abs=0.01)
+        assert frac_nearly_equal(rewards, cfg) == 1 - alive
 
 
 def test_a_sample_that_is_twice_in_a_batch_is_sampled_anew(world, tmp_path):
