@@ -89,7 +89,7 @@ def sections(runs: Mapping[str, Series]) -> list[dict[str, Any]]:
             if any(curves.values()):
                 panels.append(panel(heading + f", {run}" * (len(runs) > 1), curves, last, units[together[0]]))
         for name in (name for name in units if name not in together):
-            curves = {run: series.get(name) for run, series in runs.items()}
+            curves = {run if len(runs) > 1 else "": series.get(name) for run, series in runs.items()}
             values = np.unique(np.concatenate([curve[1] for curve in curves.values() if curve]))
             if len(values) == 1:
                 constant[name] = float(values[0])
@@ -109,7 +109,7 @@ def panel(title: str, curves: Mapping[str, Curve | None], last: float, unit: str
     for i, (name, curve) in enumerate(curves.items()):
         if not curve:
             continue
-        legend.append((i, f"{name}: " * (len(curves) > 1) + in_words(curve)))
+        legend.append((i, (f"{name}: " if name else "") + in_words(curve)))
         steps, means, low, high = downsample(*curve).T
         colour, dots = COLOURS[i % 8], "." if len(steps) <= MAX_DOTS else ""
         axes.plot(steps, means, "--" if i > 7 else "-", color=colour, marker=dots, clip_on=False)
@@ -136,7 +136,9 @@ def in_words(curve: Curve) -> str:
     if not len(values):
         return bad[0]
     low, high = (f"{number(values[i])} (step {steps[i]:,.0f})" for i in (values.argmin(), values.argmax()))
-    return ", ".join([f"last {number(values[-1])}, from {low} to {high}", *bad])
+    same = values.min() == values.max()
+    text = f"always {number(values[-1])}" if same else f"last {number(values[-1])}, from {low} to {high}"
+    return ", ".join([text, *bad])
 
 
 def _svg(figure: Figure) -> Markup:

@@ -111,7 +111,7 @@ def test_a_line_is_where_its_values_are():
     assert [y for _, y in points] == pytest.approx(
         [bottom + share * (top - bottom) for share in (0, 0.25, 0.75, 1)], abs=0.2
     )
-    assert panel("kl", {"a": curve}, 5.0, "")["legend"] == [(0, "last 4, from 0 (step 1) to 4 (step 5), 1 not finite")]
+    assert panel("kl", {"a": curve}, 5.0, "")["legend"] == [(0, "a: last 4, from 0 (step 1) to 4 (step 5), 1 not finite")]
 
 
 def test_runs_keep_their_colours_and_are_told_apart():
@@ -159,7 +159,7 @@ def test_phases_of_a_step_share_a_plot():
     assert (phases["title"], whole["title"]) == ("time by phase", "time/step")
     assert [text.partition(":")[0] for _, text in phases["legend"]] == ["data", "data_wait", "rollout", "update"]
     shares = found["Groups"]["panels"][0]["legend"]
-    assert (2, "mixed: last 0.75, from 0.75 (step 1) to 0.75 (step 1)") in shares and len(shares) == 3
+    assert (2, "mixed: always 0.75") in shares and len(shares) == 3
     both = [plot["title"] for plot in sections({"a": series, "b": series})[-1]["panels"]]
     assert both[:2] == ["time by phase, a", "time by phase, b"]
 
