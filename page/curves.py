@@ -33,8 +33,9 @@ TOGETHER = {  # section: metrics that each run has one plot of, beside those tha
     "Speed": ("time by phase", "time/*"),
 }
 COLOURS = [f"#0000c{i}" for i in range(8)]  # stand for --c0 to --c7 of the page, which has them light and dark
+STYLES = ("-", "--", ":")  # of four lines each, because colour-blind readers see only four colours apart
 GRID = "#0000cd"  # stands for --cd
-LOOK = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9, "axes.formatter.useoffset": False}
+LOOK = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 10, "axes.formatter.useoffset": False}
 
 
 def number(value: float | None) -> str:
@@ -112,7 +113,7 @@ def panel(title: str, curves: Mapping[str, Curve | None], last: float, unit: str
         legend.append((i, (f"{name}: " if name else "") + in_words(curve)))
         steps, means, low, high = downsample(*curve).T
         colour, dots = COLOURS[i % 8], "." if len(steps) <= MAX_DOTS else ""
-        axes.plot(steps, means, "--" if i > 7 else "-", color=colour, marker=dots, clip_on=False)
+        axes.plot(steps, means, STYLES[i // 4 % 3], color=colour, marker=dots, clip_on=False)
         if len(steps) < len(curve[0]):
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0, clip_on=False)
     low, high = axes.get_ylim()

@@ -93,27 +93,22 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 def facts(run: Training) -> dict[str, Any]:
     """What was trained, how and where, and what came of it."""
     c, env, num_steps = run.config, run.env, max((steps[-1] for steps, _ in run.series.values()), default=0)
-    found = {
-        "State": f"{'finished' if run.finished else 'not finished'}, {num_steps:,.0f} of {c.get('run.steps')} steps"
-    }
-    reward, score, seconds = (
-        finite(run.series.get(name, np.zeros((2, 0)))) for name in ("reward/total", "validation/score", "time/step")
-    )
-    if num := len(reward[1]):
-        few = max(1, min(FEW, num // 3))
-        means = f"{reward[1][:few].mean():.3f} → {reward[1][-few:].mean():.3f}"
+    state = "finished" if run.finished else "not finished"
+    found = {"State": f"{state}, {num_steps:,.0f} of {c.get('run.steps')} steps"}
+    metrics, nothing = ("reward/total", "validation/score", "time/step"), np.zeros((2, 0))
+    (_, rewards), (steps, scores), (_, seconds) = (finite(run.series.get(name, nothing)) for name in metrics)
+    if len(rewards):
+        few = max(1, min(FEW, len(rewards) // 3))
+        means = f"{rewards[:few].mean():.3f} → {rewards[-few:].mean():.3f}"
         found["Reward"] = f"{means}, means of the first and last {few} steps"
-    if len(score[1]):
-        found["Best validation score"] = f"{score[1].max():.1f} % after {score[0][score[1].argmax()]:,.0f} steps"
-    if len(seconds[1]):
-        total = timedelta(seconds=round(seconds[1].sum()))
-        found["Time in steps"] = f"{total}, {np.median(seconds[1]):.2f} s each"
+    if len(scores):
+        found["Best validation score"] = f"{scores.max():.1f} % after {steps[scores.argmax()]:,.0f} steps"
+    if len(seconds):
+        found["Time in steps"] = f"{timedelta(seconds=round(seconds.sum()))}, {np.median(seconds):.2f} s each"
     found["Method"] = "GRPO" if "rollout.group_size" in c else "SFT"
     found |= {key: c[key] for key in SETTINGS if key in c}
+    devices, packages = Counter(env.get("devices", ())), env.get("packages", {})
     found["Commit"] = (env.get("commit") or "")[:12] + (" and uncommitted changes" if env.get("diff") else "")
-    found["Device"] = ", ".join(
-        f"{num} × {name}" if num > 1 else name for name, num in Counter(env.get("devices", ())).items()
-    )
-    packages = env.get("packages", {})
+    found["Device"] = ", ".join(f"{num} × {name}" if num > 1 else name for name, num in devices.items())
     found["Software"] = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers") if name in packages)
     return {name: value for name, value in found.items() if value != ""}

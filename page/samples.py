@@ -120,17 +120,13 @@ def view(row: dict[str, Any], visits: Sequence[Visit]) -> dict[str, Any]:
     ]
     mean, first, every = fmean(row["rewards"]), visits[0], len(visits) // MAX_VISITS + 1
     listed = [visit for i, visit in enumerate(visits) if i % every == 0 or visit.step == row["step"]]
-    return {
-        "step": row["step"],
+    return {key: row.get(key) for key in ("step", "task", "answer", "fps")} | {
         "id": cut(str(row["id"])),
-        "task": row.get("task"),
         "question": cut(row.get("question", ""), MAX_QUESTION),
         "options": [cut(option) for option in options or ()],
-        "answer": row.get("answer"),
         "truth": row.get("segments") or [],
         "duration": row.get("duration") or (clip[1] - clip[0] if clip else None),
         "start": clip[0] if clip else 0.0,
-        "fps": row.get("fps"),
         "video": row.get("video", ""),
         "mean": _finite(mean),
         "std": _finite(pstdev(row["rewards"])) if math.isfinite(mean) else None,
