@@ -1,1 +1,1 @@
-"""What stands on the page of report.py: curves and samples."""
+"""What stands on the page of report.py: runs in words, tables, curves and samples."""

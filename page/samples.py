@@ -1,6 +1,6 @@
-"""Rows of samples.jsonl as one reads them: some of many, texts taken apart, predictions parsed, frames of the clip.
+"""Rows of samples.jsonl to read: some of many, with texts taken apart, answers parsed and frames of the clip.
 
-Not a page (report.py), and it scores nothing: rewards and advantages are those of the run. Nothing to run.
+Rewards and advantages are those of the run.
 """
 
 import base64
@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, chain, zip_longest
 from pathlib import Path
@@ -16,10 +16,11 @@ from statistics import fmean, pstdev
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from jinja2.utils import htmlsafe_json_dumps
 from PIL import Image
 from tqdm import tqdm
 
-from answers import parse_choice, parse_segments
+from answers import parse_answer, parse_choice, parse_segments
 from rewards import PARTS
 from video.readers import VideoError
 
@@ -27,7 +28,7 @@ MAX_ROWS_TEXT = MAX_IMAGES = 4_000_000  # characters of all rows, and of all fra
 MAX_COMPLETION, MAX_QUESTION, MAX_NAME = 10_000, 2000, 200  # characters of one text
 MAX_VISITS = 12  # of a sample, that are listed beside the one that is shown
 NUM_FRAMES = 8
-THUMBNAIL = SimpleNamespace(  # a video.VideoSpec
+THUMBNAIL = SimpleNamespace(  # what decode_video reads of a VideoConfig
     fps=1, min_frames=NUM_FRAMES, max_frames=NUM_FRAMES, min_pixels=1, max_pixels=160 * 90, total_pixels=10**9
 )
 
@@ -41,35 +42,44 @@ class Visit(NamedTuple):
     mean: float  # of the rewards
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Place in the file (bytes) and content of each row of a .jsonl; a row that is still being written is no row."""
-    place = 0
-    with open(path, "rb") as lines:
+def browse(files: Mapping[str, Path], num: int, steps: Sequence[int], ids: Sequence[str]) -> dict[str, Any]:
+    """What the sample browser shows of the samples.jsonl of each run, by its name; `total` rows are there."""
+    found, total = [], 0
+    for index, path in enumerate(files.values()):
+        views, num_rows = views_of(path, num // len(files), steps, ids)
+        found.append([one | {"run": index} for one in views])
+        total += num_rows
+    views = [one for turn in zip_longest(*found) for one in turn if one]
+    sizes = accumulate(len(htmlsafe_json_dumps(one)) for one in views)
+    views = [one for one, size in zip(views, sizes) if size <= MAX_ROWS_TEXT]
+    frames = frames_for(views)
+    views = [one | {"video": cut(Path(one["video"]).name)} for one in views]
+    views.sort(key=lambda one: (-one["step"], one["run"], one["place"]))
+    return {"runs": list(files), "samples": views, "frames": frames, "total": total}
+
+
+def read_rows(path: Path, place: int = 0) -> Iterator[tuple[int, dict]]:
+    """Place in the file (bytes) and content of each row of a .jsonl from `place` on.
+
+    A row that is still being written is no row, and a file that is not there has no rows.
+    """
+    with open(path, "rb") if path.is_file() else io.BytesIO() as lines:
+        lines.seek(place)
         for line in lines:
-            row = _parse(line)
-            if row is not None:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
                 yield place, row
             place += len(line)
-
-
-def _parse(line: bytes) -> dict | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def read_visits(path: Path) -> list[Visit]:
-    """All of a samples.jsonl; none where it is not there."""
-    rows = read_rows(path) if path.is_file() else ()
-    return [Visit(place, row["step"], str(row["id"]), fmean(row["rewards"])) for place, row in rows]
 
 
 def choose(visits: Sequence[Visit], num: int, steps: Sequence[int] = (), ids: Sequence[str] = ()) -> list[Visit]:
     """At most `num` visits, the most wanted first: the newest of those asked for.
 
-    Nothing asked for: by turns one of the newest, the first of the same sample, and one of an even spread over the run.
+    If no steps or ids are asked for, by turns one of the newest, the first of the same sample, and one of an even
+    spread over the run.
     """
     if steps or ids:
         return [v for v in visits[::-1] if (not steps or v.step in steps) and (not ids or v.id in ids)][:num]
@@ -82,15 +92,13 @@ def choose(visits: Sequence[Visit], num: int, steps: Sequence[int] = (), ids: Se
 
 def views_of(path: Path, num: int, steps: Sequence[int], ids: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
     """The chosen rows of a samples.jsonl as `view` has them, and how many rows there are."""
-    visits, found = read_visits(path), []
-    of_id: dict[str, list[Visit]] = defaultdict(list)
+    visits = [Visit(place, row["step"], str(row["id"]), fmean(row["rewards"])) for place, row in read_rows(path)]
+    found, of_id = [], defaultdict(list)
     for visit in visits:
         of_id[visit.id].append(visit)
     for visit in choose(visits, num, steps, ids):
-        with open(path, "rb") as file:
-            file.seek(visit.place)
-            row = _parse(file.readline())
-        if row is not None and (row.get("step"), str(row.get("id"))) == (visit.step, visit.id):  # else cut back by now
+        _, row = next(read_rows(path, visit.place), (0, {}))
+        if (row.get("step"), str(row.get("id"))) == (visit.step, visit.id):  # else the file was cut back by now
             found.append(view(row, of_id[visit.id]) | {"place": visit.place})
     return found, len(visits)
 
@@ -112,17 +120,13 @@ def view(row: dict[str, Any], visits: Sequence[Visit]) -> dict[str, Any]:
     ]
     mean, first, every = fmean(row["rewards"]), visits[0], len(visits) // MAX_VISITS + 1
     listed = [visit for i, visit in enumerate(visits) if i % every == 0 or visit.step == row["step"]]
-    return {
-        "step": row["step"],
-        "id": cut(str(row["id"]), MAX_NAME),
-        "task": row.get("task"),
+    return {key: row.get(key) for key in ("step", "task", "answer", "fps")} | {
+        "id": cut(str(row["id"])),
         "question": cut(row.get("question", ""), MAX_QUESTION),
-        "options": [cut(option, MAX_NAME) for option in options or ()],
-        "answer": row.get("answer"),
+        "options": [cut(option) for option in options or ()],
         "truth": row.get("segments") or [],
         "duration": row.get("duration") or (clip[1] - clip[0] if clip else None),
         "start": clip[0] if clip else 0.0,
-        "fps": row.get("fps"),
         "video": row.get("video", ""),
         "mean": _finite(mean),
         "std": _finite(pstdev(row["rewards"])) if math.isfinite(mean) else None,
@@ -137,18 +141,15 @@ def _finite(value: float | None) -> float | None:
     return round(value, 4) if value is not None and math.isfinite(value) else None
 
 
-def cut(text: str, limit: int) -> str:
+def cut(text: str, limit: int = MAX_NAME) -> str:
     """The text, or its beginning and end and how much was between them.
 
     >>> cut("abcdefghij", 6)
     'abcd [4 characters left out] ij'
     """
     head, tail = limit * 2 // 3, limit // 3
-    return (
-        text
-        if len(text) <= limit
-        else f"{text[:head]} [{len(text) - head - tail:,} characters left out] {text[-tail:]}"
-    )
+    left_out = f" [{len(text) - head - tail:,} characters left out] "
+    return text if len(text) <= limit else text[:head] + left_out + text[-tail:]
 
 
 def pieces(text: str) -> list[tuple[str, str]]:
@@ -158,29 +159,15 @@ def pieces(text: str) -> list[tuple[str, str]]:
     [('think', '<think>so</think>'), ('text', ' '), ('answer', '<answer>B</answer>')]
     """
     thought, end, rest = text.rpartition("</think>")
-    start = rest.rfind("<answer>", 0, max(rest.rfind("</answer>"), 0))
-    stop = rest.index("</answer>", start) + len("</answer>") if start >= 0 else 0
-    start = max(start, 0)
-    found = [("think", thought + end), ("text", rest[:start]), ("answer", rest[start:stop]), ("text", rest[stop:])]
+    before, answer, after = rest.rpartition(f"<answer>{parse_answer(text)}</answer>")
+    found = [("think", thought + end), ("text", before), ("answer", answer), ("text", after)]
     return [(kind, cut(part, MAX_COMPLETION)) for kind, part in found if part]
-
-
-def size_of(one: dict[str, Any]) -> int:
-    """Characters of a view as JSON in HTML, where `<`, `>`, `&` and `'` take six."""
-    text = json.dumps(one)
-    return len(text) + 5 * sum(map(text.count, "<>&'"))
-
-
-def within_budget(views: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first views, as many as MAX_ROWS_TEXT takes."""
-    totals = accumulate(map(size_of, views))
-    return [one for one, total in zip(views, totals) if total <= MAX_ROWS_TEXT]
 
 
 def frames_for(views: Sequence[dict[str, Any]]) -> list[list[tuple[float, str]]]:
     """The frames of every video of these views, as `frames_of` has them; `view["frames"]` becomes the place of its own.
 
-    -1 for a video that cannot be read, and for those after MAX_IMAGES is reached.
+    It is -1 for a video that cannot be read, and for the videos after MAX_IMAGES is reached.
     """
     places: dict[tuple, int] = {}
     found, total = [], 0
@@ -199,7 +186,7 @@ def frames_for(views: Sequence[dict[str, Any]]) -> list[list[tuple[float, str]]]
 def frames_of(path: str, start: float, duration: float | None, fps: float | None) -> list[tuple[float, str]]:
     """Seconds from `start` and a small image (data URI) of the middle of each eighth of a clip; [] if unreadable.
 
-    With `duration` None, of the whole file from end to end.
+    If `duration` is None, the frames are spread over the whole file from end to end.
     """
     from video.budget import Geometry
     from video.frames import decode_video  # here, so that arguments are read without torch

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import numpy as np
@@ -21,9 +22,13 @@ from answers import parse_answer
 from metrics.compare import read_result
 from metrics.intervals import paired_interval
 from page import samples
-from page.curves import downsample, nice_ticks, panel, sections
-from page.samples import Visit, choose, cut, frames_of, pieces, read_rows, view
-from report import csp_hash, task_table
+from page.curves import downsample, panel, sections
+from page.runs import Evaluation, read_run
+from page.samples import Visit, browse, choose, cut, frames_of, pieces, read_rows, view
+from page.tables import by_questions, scatter, task_table
+from report import csp_hash
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 class Page(HTMLParser):
@@ -82,32 +87,86 @@ def test_a_long_curve_keeps_its_mean_and_its_extremes():
     assert line[:, 2].min() == -9 and line[:, 3].max() == 9
 
 
-@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
-def test_ticks_are_even_and_hold_the_range(low, width):
-    ticks = nice_ticks(low, low + width)
-    slack = 1e-6 * (ticks[-1] - ticks[0])
-    assert 2 <= len(ticks) <= 7 and ticks[0] <= low + slack and low + width <= ticks[-1] + slack
-    assert np.ptp(np.diff(ticks)) <= slack
+def drawn(curve, last: float = 5.0, title: str = "kl") -> ET.Element:
+    """The SVG of a plot with one curve."""
+    return ET.fromstring(panel(title, {"a": curve}, last, "")["svg"])
 
 
-def test_places_in_the_square():
-    """Steps 1 to 5 and values 0 to 4 (ticks 0 to 4), a gap at step 3: y goes down."""
-    steps, values = np.arange(1.0, 6.0), np.array([0.0, 1.0, np.nan, 3.0, 4.0])
-    drawn = panel("kl", [None, (steps, values)], (1.0, 5.0))
-    (line,) = drawn["lines"]
-    assert line["index"] == 1 and line["points"] == ["0.00,1000.0 250.00,750.0", "750.00,250.0 1000.00,0.0"]
-    assert drawn["num_bad"] == 1 and drawn["ticks"] == [0, 1, 2, 3, 4] and not line["bands"]
+def points_of(svg: ET.Element, colour: str = "var(--c0)") -> list[list[tuple[float, float]]]:
+    """The stretches of the line of a colour, in points of the plot with y downwards."""
+    (path,) = (path.get("d") for path in svg.iter(f"{SVG}path") if path.get("stroke") == colour and path.get("fill"))
+    stretches = [re.findall(r"([\d.-]+) ([\d.-]+)", part) for part in path.split("M")[1:]]
+    return [[(float(x), float(y)) for x, y in stretch] for stretch in stretches]
 
 
-def test_layers_end_at_the_whole():
-    """0.1 s of data (0.05 of them waiting), 0.3 of rollout, 0.5 of update of 1 s: 0.1 of others; shares end at 1."""
-    series = {name: (np.array([1.0, 2.0]), np.array([v, v])) for name, v in metrics_row(0, 3).items() if "/" in name}
-    speed = {s["title"]: s for s in sections({"a": series})}["Speed"]["panels"][0]
-    tops = {line["name"]: 1 - float(line["points"][0].split(",")[1].split()[0]) / 1000 for line in speed["lines"]}
-    assert tops == pytest.approx({"data": 0.1, "rollout": 0.4, "update": 0.9, "other": 1.0}) and speed["stacked"]
-    shares = {s["title"]: s for s in sections({"a": series})}["Groups"]["panels"][0]
-    assert [line["name"] for line in shares["lines"]] == ["mixed", "all_good", "all_bad", "other"]
-    assert shares["lines"][-1]["points"] == ["0.00,0.0 1000.00,0.0"]
+def test_a_line_is_where_its_values_are():
+    """Values 0 to 4 at steps 1 to 5 with a gap at step 3; y goes down."""
+    curve = (np.arange(1.0, 6.0), np.array([0.0, 1.0, np.nan, 3.0, 4.0]))
+    stretches = points_of(drawn(curve))
+    (left, bottom), *_, (right, top) = points = [point for stretch in stretches for point in stretch]
+    assert [len(stretch) for stretch in stretches] == [2, 2] and left < right and top < bottom
+    assert [x for x, _ in points] == pytest.approx(
+        [left + share * (right - left) for share in (0, 0.25, 0.75, 1)], abs=0.2
+    )
+    assert [y for _, y in points] == pytest.approx(
+        [bottom + share * (top - bottom) for share in (0, 0.25, 0.75, 1)], abs=0.2
+    )
+    assert panel("kl", {"a": curve}, 5.0, "")["legend"] == [
+        (0, "a: last 4, from 0 (step 1) to 4 (step 5), 1 not finite")
+    ]
+
+
+def test_runs_keep_their_colours_and_are_told_apart():
+    """The second of two runs has the second colour, in plots that the first is missing from as well."""
+    curve = (np.arange(1.0, 3.0), np.array([1.0, 2.0]))
+    plot = panel("kl", {"a": None, "b": curve}, 5.0, "nats per token")
+    assert plot["legend"] == [(1, "b: last 2, from 1 (step 1) to 2 (step 2)")]
+    svg = ET.fromstring(plot["svg"])
+    assert points_of(svg, "var(--c1)") and {"step", "nats per token"} <= {text.text for text in svg.iter(f"{SVG}text")}
+    plot = panel("kl", dict.fromkeys("abcdefghij", curve), 5.0, "")
+    assert plot["legend"][9][0] == 9
+    paths = [path for path in ET.fromstring(plot["svg"]).iter(f"{SVG}path") if path.get("fill") == "none"]
+    looks = {(path.get("stroke"), path.get("stroke-dasharray")) for path in paths} - {(None, None), ("var(--cd)", None)}
+    assert len(looks) == 10 and len({look for look in looks if look[1] is None}) == 4
+
+
+def test_a_long_curve_has_a_band_and_a_short_one_dots():
+    short, long = ((np.arange(1.0, num + 1), np.sin(np.arange(num))) for num in (10, 1000))
+    assert "fill-opacity" in panel("kl", {"a": long}, 1000, "")["svg"]
+    assert "fill-opacity" not in panel("kl", {"a": short}, 10, "")["svg"]
+    assert [panel("kl", {"a": curve}, 1000, "")["svg"].count("<use") for curve in (short, long)] == [10, 1]
+    assert len(points_of(drawn(long, 1000))[0]) <= 80
+
+
+def test_a_drawing_is_the_same_each_time_and_needs_no_style_or_id():
+    series = {name: (np.arange(1.0, 4.0), np.arange(3.0)) for name in ("kl", "reward/total", "time/step")}
+    first, second = (sections({"a": series, "b": series}) for _ in range(2))
+    assert first == second
+    for plot in (plot for section in first for plot in section["panels"]):
+        elements = list(ET.fromstring(plot["svg"]).iter())
+        assert not any(element.get("style") or element.tag.endswith("style") for element in elements)
+        assert all(element.get("id", "m").startswith(("m", "p")) for element in elements) and "20" not in plot["title"]
+
+
+@pytest.mark.parametrize(
+    "values", [[1e300, -1e300, 1.0], [1e-300, 2e-300, 0.0], [5.0, 5.0, np.nan], [np.nan, np.inf, np.nan]]
+)
+def test_values_of_any_size_are_drawn(values):
+    plot = panel("kl", {"a": (np.arange(1.0, 4.0), np.array(values))}, 3.0, "")
+    assert "nan" not in plot["svg"] and "inf" not in plot["svg"] and plot["legend"]
+
+
+def test_phases_of_a_step_share_a_plot():
+    rows = [metrics_row(step, 3) for step in (1, 2, 3)]
+    series = {name: (np.arange(1.0, 4.0), np.array([row[name] for row in rows])) for name in rows[0] if name != "step"}
+    found = {section["title"]: section for section in sections({"a": series})}
+    phases, whole = found["Speed"]["panels"]
+    assert (phases["title"], whole["title"]) == ("time by phase", "time/step")
+    assert [text.partition(":")[0] for _, text in phases["legend"]] == ["data", "data_wait", "rollout", "update"]
+    shares = found["Groups"]["panels"][0]["legend"]
+    assert (2, "mixed: always 0.75") in shares and len(shares) == 3
+    both = [plot["title"] for plot in sections({"a": series, "b": series})[-1]["panels"]]
+    assert both[:2] == ["time by phase, a", "time by phase, b"]
 
 
 def test_every_metric_is_shown_once():
@@ -115,9 +174,9 @@ def test_every_metric_is_shown_once():
     series = {name: (np.arange(1.0, 6.0), np.array([row[name] for row in rows])) for name in rows[0] if name != "step"}
     shown = []
     for section in sections({"a": series, "b": {"loss": series["loss"]}}):
-        shown += [p["title"] for p in section["panels"] if not p["stacked"]] + list(section["constant"])
-    layers = {name for name in series if name.startswith(("time/", "group/frac_"))} - {"time/step", "time/data_wait"}
-    assert sorted(shown) == sorted(series.keys() - layers)
+        shown += [plot["title"] for plot in section["panels"]] + list(section["constant"])
+    together = {name for name in series if name.startswith(("time/", "group/frac_"))} - {"time/step"}
+    assert sorted(shown) == sorted({"time by phase, a", "shares of groups, a"} | series.keys() - together)
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -219,12 +278,15 @@ def test_frames_are_those_of_the_middle_of_each_eighth(tmp_path):
     assert frames_of(str(tmp_path / "missing.mp4"), 0.0, 16.0, None) == []
 
 
-def test_a_page_takes_as_many_texts_and_frames_as_it_has_room_for(monkeypatch):
-    views = [view(sample_row(id=str(i)), [Visit(0, 1, str(i), 0.75)]) for i in range(20)]
-    size = samples.size_of(views[0])
-    assert size == len(htmlsafe_json_dumps(views[0])) > 500
-    monkeypatch.setattr(samples, "MAX_ROWS_TEXT", 10.5 * size)
-    assert [one["id"] for one in samples.within_budget(views)] == [str(i) for i in range(10)]
+def test_a_page_takes_as_many_texts_and_frames_as_it_has_room_for(tmp_path, monkeypatch):
+    run = write_training(tmp_path, samples=[sample_row(step, "a", video="") for step in range(11, 31)])
+    files, size = (
+        {"run": run / "samples.jsonl"},
+        len(htmlsafe_json_dumps(view(sample_row(11, video=""), [Visit(0, 1, "a", 0)]))),
+    )
+    monkeypatch.setattr(samples, "MAX_ROWS_TEXT", 5 * size)
+    found = browse(files, 100, [], [])
+    assert 2 <= len(found["samples"]) <= 5 and found["total"] == 20 and found["samples"][0]["step"] == 30
     monkeypatch.setattr(samples, "MAX_IMAGES", 250)
     monkeypatch.setattr(samples, "frames_of", lambda path, *_: [] if path == "bad" else [(1.0, "x" * 100)])
     views = [
@@ -240,9 +302,9 @@ BEFORE = [prediction(f"q{i}", 5 + i) for i in range(8)]  # IoU 1, 9/11, 8/12, ..
 AFTER = [prediction(f"q{i}", 5 + i // 2) for i in range(8)]
 
 
-def evaluations(tmp_path, *results) -> list[report.Evaluation]:
+def evaluations(tmp_path, *results) -> list[Evaluation]:
     paths = [write_evaluation(tmp_path / f"eval_{i}", rows) for i, rows in enumerate(results)]
-    return [report.read_run(path, path.name) for path in paths]
+    return [read_run(path, path.name) for path in paths]
 
 
 def test_the_table_has_the_stored_intervals_and_the_paired_difference(tmp_path):
@@ -259,7 +321,7 @@ def test_the_table_has_the_stored_intervals_and_the_paired_difference(tmp_path):
     )
     clusters = [f"q{i}.mp4 None" for i in range(8)]
     assert gain == pytest.approx(paired_interval(*ious, clusters=clusters))
-    assert table["ticks"][0] <= min(cell[1] for cell in cells) and max(cell[2] for cell in cells) <= table["ticks"][-1]
+    assert table["ends"][0] <= min(cell[1] for cell in cells) and max(cell[2] for cell in cells) <= table["ends"][1]
 
 
 def test_the_floor_is_a_row_and_r1_a_column(tmp_path):
@@ -271,11 +333,11 @@ def test_the_floor_is_a_row_and_r1_a_column(tmp_path):
     constant = {"data": "tiny_world/mix_train.yaml", "span": [0.15, 0.85]}
     floor = {"n": 8, "miou": 36.9, "miou_ci95": [33.0, 41.0], "r1@0.7": 4.5, "r1@0.7_ci95": [2.0, 7.0]}
     (folders[0] / "metrics.json").write_text(json.dumps(content | {"floor": {"tvg": floor | {"constant": constant}}}))
-    a, b = (report.read_run(folder, folder.name) for folder in folders)
+    a, b = (read_run(folder, folder.name) for folder in folders)
     table = task_table("tvg", [a, b])
     assert [cell[0] for cell in table["close"]] == [25.0, 50.0]  # 10/10, 9/11; 10/10, 10/10, 9/11, 9/11
     assert table["floor"]["main"] == [36.9, 33.0, 41.0] and table["floor"]["close"] == [4.5, 2.0, 7.0]
-    assert table["ticks"][0] <= 33
+    assert table["ends"][0] <= 33
     assert task_table("mcqa", [a, b])["close"] is None and task_table("mcqa", [a, b])["floor"] is None
     page = written(*folders)
     assert page.text.count("R1@0.7") == 1 and page.text.count("The best constant answer is") == 1
@@ -309,7 +371,7 @@ def test_answers_with_another_clip_are_a_row_of_their_model(tmp_path):
 
 def test_the_scatter_counts_what_got_better(tmp_path):
     a, b = evaluations(tmp_path, BEFORE, AFTER)
-    plot = report.scatter("tvg", a, b)
+    plot = scatter("tvg", a, b)
     assert plot["signs"] == {1: 7, 0: 1} and plot["num"] == len(plot["dots"]) == 8
     assert plot["dots"][2] == ("q2", pytest.approx(100 * 8 / 12), pytest.approx(100 * 9 / 11))
 
@@ -317,7 +379,7 @@ def test_the_scatter_counts_what_got_better(tmp_path):
 def test_results_on_other_questions_stand_apart(tmp_path):
     other = [row | {"id": f"{row['id']}_ood"} for row in BEFORE]
     first, ood, second = evaluations(tmp_path, BEFORE, other, AFTER)
-    sets = report.by_questions([first, ood, second])
+    sets = by_questions([first, ood, second])
     assert [[name for name, _ in one["runs"]] for one in sets] == [["eval_0", "eval_2"], ["eval_1"]]
     assert not sets[0]["differing"] and not sets[1]["scatters"]
 
@@ -343,14 +405,14 @@ def test_one_page_of_two_trainings_and_two_results(tmp_path):
     a, b = training(tmp_path / "a"), training(tmp_path / "b", 9)
     results = [write_evaluation(tmp_path / f"eval_{i}", rows) for i, rows in enumerate((BEFORE, AFTER))]
     page = written(a, b, *results)
-    assert {tag for tag, _ in page.elements} >= {"table", "polyline", "circle", "polygon"}
+    assert {tag for tag, _ in page.elements} >= {"table", "path", "circle"}
     assert page.data["runs"] == ["a", "b"] and {one["run"] for one in page.data["samples"]} == {0, 1}
     for text in (
         "finished, 3 of 3 steps",
         "0123456789ab",
         "cpu, 1 threads",
-        "2 videos × 2 completions",
-        "0.0005, cosine",
+        "rollout.group_size",
+        "0.0005",
     ):
         assert text in page.text
     assert "12 of 12 sampled groups" in page.text and "0 with frames of their videos" in page.text
@@ -413,9 +475,9 @@ def test_numbers_that_are_none_are_counted_and_left_out(tmp_path):
     rows = [metrics_row(step, 6, kl=[math.nan, 1.0, 2.0, math.inf, -math.inf, 3.0][step - 1]) for step in range(1, 7)]
     rows += [metrics_row(7, 6, **{name: math.nan for name in rows[0] if name != "step"})]
     page = written(write_training(tmp_path / "a", rows, [sample_row(rewards=[math.nan, 1.0])]))
-    assert "4 values that are not finite are left out." in page.text and page.data["samples"][0]["mean"] is None
+    assert "to 3 (step 6), 4 not finite" in page.text and page.data["samples"][0]["mean"] is None
     for _, attributes in page.elements:
-        assert "nan" not in str(attributes.get("points")) and "inf" not in str(attributes.get("points"))
+        assert "nan" not in str(attributes.get("d")) and "inf" not in str(attributes.get("d"))
 
 
 def test_a_live_run_is_read_only_and_a_torn_line_is_left_out(tmp_path):

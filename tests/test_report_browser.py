@@ -159,20 +159,19 @@ def test_a_report_opens_at_its_top_and_a_link_at_its_sample(tmp_path, visit):
     assert page.evaluate("document.querySelector('#curves').getBoundingClientRect().top") == pytest.approx(0, abs=1)
 
 
-def test_the_value_under_the_pointer(simple, visit):
-    """The values once made the caption higher, which moved the plot away from under the pointer."""
-    page = visit(simple)
-    panel = page.locator("figure", has_text="reward/iou").first
-    panel.scroll_into_view_if_needed()
-    box = panel.locator("svg").bounding_box()
-    page.mouse.move(box["x"] + 0.49 * box["width"], box["y"] + 5)
-    assert panel.locator("output").inner_text() == "step 3 0.36"
-    stacked = page.locator("figure", has_text="time per step by phase")
-    stacked.scroll_into_view_if_needed()
-    before = stacked.bounding_box()
-    stacked.locator("svg").hover(position={"x": 1, "y": 1})
-    assert stacked.bounding_box() == before
-    assert stacked.locator("output").inner_text().split() == ["step", "1", "0.1", "0.3", "0.5", "0.3"]
+def test_curves_have_the_colours_of_the_page_and_say_their_values(simple, visit):
+    light, dark = visit(simple), visit(simple, color_scheme="dark", viewport={"width": 390, "height": 844})
+    strokes = []
+    for page in (light, dark):
+        plot = page.locator("figure", has_text="reward/iou").first
+        assert plot.locator(".legend").inner_text().strip() == "last 1, from 0.04 (step 1) to 1 (step 5)"
+        line = "svg => getComputedStyle(svg.querySelector('path[stroke=\"var(--c0)\"]')).stroke"
+        strokes.append(plot.locator("svg").evaluate(line))
+        labels = plot.locator("svg text")
+        assert "step" in labels.all_text_contents()
+        assert all(labels.nth(i).bounding_box()["height"] >= 9 for i in range(labels.count()))
+    assert strokes[0] == "rgb(0, 114, 178)" and strokes[1] not in (strokes[0], "none")
+    assert dark.locator("figure svg").first.bounding_box()["width"] > 300
 
 
 def test_light_dark_and_a_phone(simple, visit):
