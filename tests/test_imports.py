@@ -50,7 +50,7 @@ spec, wording = config.VideoConfig(), config.PromptConfig()
 builder = prompts.PromptBuilder(policy.tokenizer, read_geometry(str(folder)), spec, wording, None)
 frames = Frames(np.zeros((4, 3, 28, 56), np.uint8), np.arange(4) / 2, 1.0, 0)
 prompt = builder.prompt(Sample("a", "tvg", "", "When is the red square visible?"), frames)
-rollout.generate(policy, [prompt], policy.embed_each([prompt]), 2, 3, 1)
+rollout.generate(policy, [prompt], policy.embed_each([prompt]), config.RolloutConfig(2, 1.0, 3, 1))
 """
 
 

@@ -358,7 +358,7 @@ def test_answers_with_another_clip_are_a_row_of_their_model(tmp_path):
     a, b = (report.read_run(folder, folder.name) for folder in folders)
     table = task_table("tvg", [a, b])
     assert table["blind"] == [{"name": "b", "main": [12.5, 9.0, 16.0], "close": [3.5, 1.0, 6.0]}]
-    assert table["ticks"][0] <= 9 and task_table("tvg", [a])["blind"] == []
+    assert table["ends"][0] <= 9 and task_table("tvg", [a])["blind"] == []
     page = written(*folders)
     assert page.text.count("With another clip: ") == 1
     for row in page.rows("results"):
