@@ -476,7 +476,7 @@ def _check(value: Any, default: Any, key: str = "") -> None:
     if isinstance(value, str) and "${" in value and not isinstance(default, dict | list):
         return  # checked once resolved
     if type(value) is not type(default) and (type(value), type(default)) != (int, float):
-        wanted = "a mapping" if isinstance(default, dict) else type(default).__name__
+        wanted = {dict: "a mapping", list: "a list"}.get(type(default), type(default).__name__)
         raise ValueError(f"{key or 'a configuration'} must be {wanted}, got {value!r} ({type(value).__name__})")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} must be finite, got {value}")

@@ -2,14 +2,17 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import REPO
 
 import config
 from config import EvalRunConfig, GrpoConfig, SftConfig, load, to_yaml
 from records import files
+from runtime.run import config_differences
 
 CONFIGS = sorted(REPO.glob("configs/*.yaml"))
 LAUNCHERS = sorted(REPO.glob("configs/accelerate/*.yaml"))
@@ -84,6 +87,14 @@ def test_to_yaml_comes_back_equal(config_class, tmp_path):
     assert cfg.prompt.tvg == '{question}\n"two" lines' and cfg.run.dir == "a: b # c"
 
 
+def test_the_order_of_keys_means_nothing_to_a_resumed_run(tmp_path):
+    """A config.yaml of an older version lists the same keys in another order."""
+    cfg = load(GrpoConfig, [], ["rewards.functions={a/b.py:f: 1}"])
+    old = write(tmp_path / "config.yaml", yaml.safe_dump(yaml.safe_load(to_yaml(cfg)), sort_keys=True))
+    assert Path(old).read_text() != to_yaml(cfg) and config_differences(Path(old), to_yaml(cfg)) == {}
+    assert load(GrpoConfig, [old]) == cfg
+
+
 def test_values_keep_their_text():
     """An equals sign in a value, an empty value (what a shell makes of `key=''`), and a number in both notations."""
     rates = ["optim.lr=1e-3", "loss.beta=1.0e-3"]
@@ -115,7 +126,7 @@ def test_interpolation_is_resolved_and_checked(tmp_path):
         ("run.dir=${", "no viable alternative"),
         ("loss.beta=${oc.env:NOT_A_NUMBER}", "must be finite, got nan"),
         ("rewards.functions=${run.dir}", "must be a mapping, got '${run.dir}' (str)"),
-        ("select.allow=${run.dir}", "must be list, got '${run.dir}' (str)"),
+        ("select.allow=${run.dir}", "must be a list, got '${run.dir}' (str)"),
         ("model=${loss}", "must be a mapping, got '${loss}' (str)"),
     ],
 )
