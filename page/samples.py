@@ -13,7 +13,6 @@ from functools import lru_cache
 from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 from statistics import fmean, pstdev
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from jinja2.utils import htmlsafe_json_dumps
@@ -21,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from answers import parse_answer, parse_choice, parse_segments
+from config import VideoConfig
 from rewards import PARTS
 from video.readers import VideoError
 
@@ -28,7 +28,7 @@ MAX_ROWS_TEXT = MAX_IMAGES = 4_000_000  # characters of all rows, and of all fra
 MAX_COMPLETION, MAX_QUESTION, MAX_NAME = 10_000, 2000, 200  # characters of one text
 MAX_VISITS = 12  # of a sample, that are listed beside the one that is shown
 NUM_FRAMES = 8
-THUMBNAIL = SimpleNamespace(  # what decode_video reads of a VideoConfig
+THUMBNAIL = VideoConfig(
     fps=1, min_frames=NUM_FRAMES, max_frames=NUM_FRAMES, min_pixels=1, max_pixels=160 * 90, total_pixels=10**9
 )
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from config import VideoConfig
 from prompts import PromptBuilder
 from records.manifest import Manifest
 from records.record import Sample
-from video.budget import Geometry, VideoPlan, VideoSpec, plan, plan_file
+from video.budget import Geometry, VideoPlan, plan, plan_file
 from video.readers import Header, VideoError, probe
 
 MOST_PROBED = 200  # files whose header is read: milliseconds each, and data sets have thousands
@@ -88,7 +89,7 @@ def measure(
 
 
 def plan_videos(
-    samples: Sequence[Sample], spec: VideoSpec, geometry: Geometry, manifest: str = ""
+    samples: Sequence[Sample], spec: VideoConfig, geometry: Geometry, manifest: str = ""
 ) -> tuple[list[VideoPlan | None], str]:
     """Each record's frames and their size, None where nothing is known or video.plan refuses; and where it is from."""
     known = Manifest(manifest) if manifest else None

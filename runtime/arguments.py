@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_type_hints
 
-from config import ANSWER_MODES, UNANSWERED_MODES, ConfigT, EvalRunConfig, PlanConfig, load, split_overrides
+from config import ANSWER_MODES, UNANSWERED_MODES, ConfigT, EvalRunConfig, PlanConfig, load
 from records.files import check_floor
 
 REPO = Path(__file__).resolve().parents[1]
@@ -41,26 +41,25 @@ def from_command_line(
     repository is read.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", nargs="+", default=[], action="extend", metavar="FILE", help="YAML; later files win"
-    )
+    parser.add_argument("--config", nargs="+", default=[], action="extend", metavar="FILE", help="YAML; later win")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.dir")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.set_defaults(plan=None)
     if "optim" in get_type_hints(config_class):  # it trains
         text = "print tokens, memory and time instead of training; FILE is that of `accelerate launch`"
         parser.add_argument("--plan", nargs="?", const="", metavar="FILE", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    files, overrides = split_overrides(args.config + args.overrides)
-    engine, more = split_overrides([args.plan] if args.plan else [])  # `--plan a.b=1` names no file
-    assumed = [f"plan.engine={file}" for file in engine]
-    assumed += [text for text in overrides + more if text.startswith("plan.")]
+    words = args.config + args.overrides  # `--config a.yaml b=1` takes both
+    if args.plan:
+        words.append(args.plan if "=" in args.plan else f"plan.engine={args.plan}")
+    files, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    assumed = [text for text in overrides if text.startswith("plan.")]
     if assumed and args.plan is None:
         raise ValueError(f"override {assumed[0]!r} is for --plan")
     planned = None if args.plan is None else load(_Planned, [], assumed).plan
     if planned and planned.engine and not Path(planned.engine).is_file():
         raise FileNotFoundError(f"accelerate configuration {planned.engine} not found")
-    overrides = [text for text in overrides + more if not text.startswith("plan.")]
+    overrides = [text for text in overrides if text not in assumed]
     return load(config_class, files or [str(REPO / default)], overrides), args.resume, planned
 
 
@@ -91,7 +90,8 @@ def of_eval(argv: list[str] | None, doc: str) -> argparse.Namespace:
     elif rest:
         args.overrides += rest  # overrides on both sides of an option
     if args.command == "run":
-        args.cfg = load(EvalRunConfig, *split_overrides(args.config + args.overrides))
+        words = args.config + args.overrides
+        args.cfg = load(EvalRunConfig, [w for w in words if "=" not in w], [w for w in words if "=" in w])
         is_finished = (Path(args.cfg.run.dir) / "metrics.json").is_file()  # then its metrics are only printed
         if args.cfg.data.floor and not is_finished:
             check_floor(args.cfg.data.floor)

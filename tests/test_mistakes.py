@@ -161,8 +161,12 @@ MISTAKES = [
     ("type", "train_grpo run.seed=one", ["run.seed must be int, got 'one'"]),
     ("type", "train_grpo optim.lr=1e-5x", ["optim.lr must be float, got '1e-5x'"]),
     ("type", "train_grpo model.freeze_vision=yess", ["model.freeze_vision must be bool"]),
-    ("type", "train_grpo loss.clip=pppo", ["loss.clip must be one of ppo, cispo, none"]),
-    ("type", "train_grpo model.dtype=float16", ["model.dtype must be one of float32, bfloat16"]),
+    (
+        "type",
+        "train_grpo loss.clip=pppo",
+        ["loss.clip: Invalid value 'pppo', expected one of ['ppo', 'cispo', 'none']"],
+    ),
+    ("type", "train_grpo model.dtype=float16", ["model.dtype: Invalid value 'float16'", "['float32', 'bfloat16']"]),
     ("type", "train_grpo rewards.functions=[a.py:f]", ["rewards.functions must be a mapping"]),
     ("range", "train_grpo loss.clip_low=1", ["loss.clip_low must be below 1", "got 1.0"]),
     ("range", "train_grpo loss.entropy=-0.01", ["loss.entropy must be at least 0, got -0.01"]),
@@ -180,8 +184,8 @@ MISTAKES = [
     # files of configurations
     ("config", "train_grpo --config nowhere.yaml", ["config file nowhere.yaml not found"]),
     ("config", "train_grpo --config broken.yaml", ["broken.yaml: not valid YAML"]),
-    ("config", "train_grpo --config list.yaml", ["list.yaml: expected sections of keys"]),
-    ("config", "train_grpo --config latin.yaml", ["latin.yaml: not UTF-8"]),
+    ("config", "train_grpo --config list.yaml", ["list.yaml: a configuration must be a mapping"]),
+    ("config", "train_grpo --config latin.yaml", ["latin.yaml: 'utf-8' codec can't decode"]),
     ("config", "eval run --config configs/tiny.yaml", ["configs/tiny.yaml: unknown key", "valid are run, model"]),
     ("config", "train_grpo --plan nowhere.yaml", ["nowhere.yaml not found"]),
     # prompt templates

@@ -8,27 +8,16 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from transformers.utils import cached_file
 
+from config import VideoConfig
 from video.readers import Header
 
 Clip = tuple[float, float]  # start and end in seconds
 MIN_SIDE = 8  # pixels; files of 1x1 pixels exist, and show nothing
-
-
-class VideoSpec(Protocol):
-    """How a video is sampled and what it may cost; any object with these fields will do."""
-
-    fps: float  # frames sampled per second of video
-    min_frames: int
-    max_frames: int
-    min_pixels: int  # per frame
-    max_pixels: int  # per frame
-    total_pixels: int  # budget of a video: pixels of one frame times temporal grid steps
 
 
 @dataclass(frozen=True)
@@ -171,7 +160,7 @@ def plan(
     video_fps: float,
     height: int,
     width: int,
-    spec: VideoSpec,
+    spec: VideoConfig,
     geometry: Geometry,
     clip: Clip | None = None,
     times: np.ndarray | None = None,
@@ -235,7 +224,7 @@ def _choose(
     return places, shown_at, float(targets[-1] - targets[0]) / (frames - 1)
 
 
-def plan_file(header: Header, spec: VideoSpec, geometry: Geometry, clip: Clip | None = None) -> VideoPlan:
+def plan_file(header: Header, spec: VideoConfig, geometry: Geometry, clip: Clip | None = None) -> VideoPlan:
     """`plan` of what a file says about itself."""
     size = header.height, header.width
     if header.is_vfr or header.first_time:

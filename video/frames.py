@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from video.budget import Clip, Geometry, VideoSpec, check_size, plan_file
+from config import VideoConfig
+from video.budget import Clip, Geometry, check_size, plan_file
 from video.cache import FrameCache, file_key
 from video.readers import Header, VideoError, decodable, probe, read_av, read_decord, read_folder
 
@@ -70,7 +71,7 @@ def patchify(frames: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     return patches.copy_(blocks).view(-1, c, step * size * size).sub_(mean).div_(std).flatten(1)
 
 
-def _decode(path: str, header: Header, spec: VideoSpec, geometry: Geometry, clip: Clip | None) -> Frames:
+def _decode(path: str, header: Header, spec: VideoConfig, geometry: Geometry, clip: Clip | None) -> Frames:
     """By the first reader that can; where none can, from what there is before the first error."""
     try:
         chosen = plan_file(header, spec, geometry, clip)
@@ -108,7 +109,7 @@ def _check_path(path: str | os.PathLike) -> None:
 
 def decode_video(
     path: str | os.PathLike,
-    spec: VideoSpec,
+    spec: VideoConfig,
     geometry: Geometry,
     clip: Clip | None = None,
     fps: float | None = None,
@@ -122,7 +123,7 @@ def decode_video(
     _check_path(path)
     if cache is None:
         return _decode(path, probe(path, fps), spec, geometry, clip)
-    limits = [getattr(spec, name) for name in VideoSpec.__annotations__]
+    limits = [spec.fps, spec.min_frames, spec.max_frames, spec.min_pixels, spec.max_pixels, spec.total_pixels]
     grid = (geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size)
     try:
         key = file_key(path, limits, grid, clip, fps)
@@ -147,7 +148,7 @@ def to_video(frames: Frames, geometry: Geometry, device: torch.device | str = "c
 
 def load_video(
     path: str | os.PathLike,
-    spec: VideoSpec,
+    spec: VideoConfig,
     geometry: Geometry,
     clip: Clip | None = None,
     cache: FrameCache | None = None,
