@@ -61,14 +61,14 @@ class Launch:
 
 
 def read_launch(file: str = "") -> Launch:
-    """Of an accelerate configuration file; without one, of the process that `accelerate launch` started.
+    """The processes of an accelerate configuration file, or without one those that `accelerate launch` has started.
 
     Raises FileNotFoundError, or ValueError for a file that cannot be read or an engine that is not ours.
     """
     if not file:
-        names = ("zero_stage", "offload_optimizer_device", "offload_param_device")
+        names = ("zero_stage", "offload_optimizer_device", "offload_param_device", "config_file")
         given = {name: os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}") for name in names}
-        given["deepspeed_config_file"] = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        given["deepspeed_config_file"] = given.pop("config_file")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         return _zero_launch(processes, given, "ACCELERATE_*") if use_deepspeed() else Launch(processes)
     if not Path(file).is_file():
@@ -95,12 +95,10 @@ def _zero_launch(processes: int, given: dict, where: str) -> Launch:
         zero = json.loads(Path(given["deepspeed_config_file"]).read_text(encoding="utf-8"))["zero_optimization"]
     if int(zero["stage"]) not in (2, 3):
         raise ValueError(f"{where}: ZeRO-{zero['stage']} is not planned for: 2 and 3 are")
-    on_host = [
-        (zero.get(f"offload_{name}") or {}).get("device") not in (None, "none") for name in ("optimizer", "param")
-    ]
+    devices = [(zero.get(f"offload_{name}") or {}).get("device") for name in ("optimizer", "param")]
     sizes = {"bucket": zero.get("reduce_bucket_size"), "live": zero.get("stage3_max_live_parameters")}
     sizes = {name: int(size) for name, size in sizes.items() if size not in (None, "auto")}
-    return Launch(processes, int(zero["stage"]), *on_host, **sizes)
+    return Launch(processes, int(zero["stage"]), *(device not in (None, "none") for device in devices), **sizes)
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ class Case:
 
     @property
     def keeps_gradients(self) -> bool:
-        """They come one by one as activations go: with a second micro-batch they are there from the start."""
+        """Whether they come as activations go. With a second micro-batch they are there from the start."""
         return not self.launch.stage and self.share <= self.cfg.data.micro_batch_size
 
     @cached_property
@@ -193,15 +191,13 @@ class Case:
         return (weights + state) // self.launch.processes
 
     def prompts(self, num: int) -> list[Prompt]:
-        """So many prompts, each with its video's patches."""
-        model, length = self.policy.model.config, self.length
-        size = (
-            math.prod(length.grid_thw),
-            3 * model.vision_config.temporal_patch_size * model.vision_config.patch_size**2,
-        )
-        ids = [0] * length.before + [model.video_token_id] * length.video + [0] * length.after
+        """Prompts of one length, each with its video's patches."""
+        length, vision = self.length, self.policy.model.config.vision_config
+        size = math.prod(length.grid_thw), 3 * vision.temporal_patch_size * vision.patch_size**2
+        pad = self.policy.model.config.video_token_id
+        ids = [0] * length.before + [pad] * length.video + [0] * length.after
         videos = [Video(torch.empty(size, device=META), length.grid_thw, 1.0, [], length.video, 0) for _ in range(num)]
-        return [Prompt(length.sample, ids, length.before, video) for video in videos]
+        return [Prompt(None, ids, length.before, video) for video in videos]
 
     @cached_property
     def run(self) -> DryRun:
@@ -221,8 +217,7 @@ class Case:
                     score(run, policy, call)
                 call = replace(call, repeat=call.repeat * cfg.loss.updates_per_rollout)
             update(run, policy, call, is_grpo and cfg.loss.entropy != 0, self.keeps_gradients)
-        for p in self.params:
-            p.grad = None
+        policy.zero_grad()
         patches, optimizer = sum(prompt.video.patches.nbytes for prompt in prompts), self.state[1]
         run.phases["optimizer"] = replace(optimizer, held=patches, peak=patches + optimizer.peak)
         if cfg.data.validation and cfg.eval.every:
@@ -242,18 +237,17 @@ class Case:
     @cached_property
     def totals(self) -> dict[str, int]:
         """Bytes of a device at the most, in every phase: what it holds all the time and what the phase takes."""
-        return {name: self._resident_in(name) + phase.peak for name, phase in self.run.phases.items()}
-
-    def _resident_in(self, phase: str) -> int:
-        held, launch = self.resident, self.launch
-        total = held["weights"] + held["reference"] + held["optimizer"]
-        if launch.stage == 3 or phase == "optimizer" or (phase in SCORING and not self.keeps_gradients):
-            total += held["gradients"]  # else they are cleared after a step
-        if launch.stage != 2 or phase in SCORING:
-            total += held["buffers"]
-        if launch.stage == 3 and phase in SAMPLING:
-            total += _bytes(self.params)
-        return total
+        held, stage, totals = self.resident, self.launch.stage, {}
+        for name, phase in self.run.phases.items():
+            total = held["weights"] + held["reference"] + held["optimizer"] + phase.peak
+            if stage == 3 or name == "optimizer" or (name in SCORING and not self.keeps_gradients):
+                total += held["gradients"]  # else they are cleared after a step
+            if stage != 2 or name in SCORING:
+                total += held["buffers"]
+            if stage == 3 and name in SAMPLING:
+                total += _bytes(self.params)
+            totals[name] = total
+        return totals
 
     @property
     def peak(self) -> tuple[str, int]:

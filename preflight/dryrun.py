@@ -29,16 +29,13 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Device:
-    """What a device reaches, not its peaks. An operation takes the longest of the three numbers' times.
-
-    `type` and `capability` decide which kernel computes attention, as they do in a real run.
-    """
+    """What a device reaches, not its peaks. An operation takes the longest of its three times."""
 
     flops: float  # per second
     bytes: float  # of memory read and written per second
-    launch_s: float  # of any operation, however small
-    type: str = "cpu"  # or "cuda"
-    capability: tuple[int, int] = (0, 0)  # CUDA compute capability
+    launch_s: float  # seconds of any operation, however small
+    type: str = "cpu"  # or "cuda"; type and capability decide which kernel computes attention
+    capability: tuple[int, int] = (0, 0)  # of CUDA
 
 
 @dataclass
@@ -54,9 +51,9 @@ class Phase:
 class DryRun(TorchDispatchMode):
     """A context in which operations on meta tensors are counted, into the phase that `begin` has named.
 
-    Counted are the tensors made inside, as long as they live; weights are not. Small tensors of indices may be real:
-    code that decides by their values runs as always, and where they meet a meta tensor they become one. Stand-ins take
-    the memory of a fused kernel of attention. Its plain form is run as in training.
+    Tensors made inside are counted as long as they live, and weights are not. Small tensors of indices may be real, so
+    that code decides by their values as always. Where they meet a meta tensor they become one. Stand-ins take the
+    memory of a fused kernel of attention. Its plain form is run as in training.
     """
 
     def __init__(self, device: Device):
@@ -71,7 +68,6 @@ class DryRun(TorchDispatchMode):
 
     def __enter__(self) -> "DryRun":
         self._real = torch.nn.functional.scaled_dot_product_attention, attention.attend, attention.attend_backward
-        # in their places, what takes the memory of the kernel that a real run would call
         torch.nn.functional.scaled_dot_product_attention = self._attention
         attention.attend, attention.attend_backward = self._attend, self._attend_backward
         return super().__enter__()
@@ -100,8 +96,7 @@ class DryRun(TorchDispatchMode):
         key = func, _scan(args, inputs), _scan(kwargs, inputs)
         num_meta = sum(x.is_meta for x in inputs)
         if not num_meta:
-            out = func(*args, **kwargs)
-            self._hold(out)
+            self._hold(out := func(*args, **kwargs))
             return out
         if num_meta < len(inputs):
             args, kwargs = tree_map_only(Tensor, lambda x: x.to(META), (args, kwargs))
@@ -226,7 +221,7 @@ class Call:
 def sample(run: DryRun, policy: Policy, call: Call) -> None:
     """What rollout.generate does with one micro-batch.
 
-    Of its steps two are run: one half way, which stands for all in FLOPs and time, and the last, with the most to hold.
+    Two of its steps are run: the one half way stands for all in FLOPs and time, and the last one holds the most.
     """
     policy.eval()
     text, num, longest = policy.model.model.language_model, len(call.prompts), len(call.prompts[0].ids)
@@ -280,10 +275,7 @@ def score(run: DryRun, policy: Policy, call: Call) -> None:
 
 
 def update(run: DryRun, policy: Policy, call: Call, entropy_grad: bool, keep_gradients: bool) -> None:
-    """Forward and backward of one micro-batch.
-
-    `keep_gradients`: they are counted, as they come; else not at all, and each is dropped as soon as it is complete.
-    """
+    """Forward and backward of one micro-batch. Without `keep_gradients` each is dropped as soon as it is complete."""
     policy.train()
     trained = [p for p in policy.parameters() if p.requires_grad]
     hooks = []
@@ -303,20 +295,16 @@ def update(run: DryRun, policy: Policy, call: Call, entropy_grad: bool, keep_gra
 
 
 def optimize(run: DryRun, optimizer: torch.optim.Optimizer) -> int:
-    """Steps of an optimizer on one device; returns the bytes of its state. Gradients are not counted."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in params:
-        p.grad = torch.empty_like(p)
-    before = run.live
+    """Two steps of an optimizer on one device; returns the bytes of its state. Gradients are not counted."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.empty_like(p)
     with run:
-        run.begin("optimizer", 0)
-        optimizer.step()  # the first one makes the state
-        run.phases["optimizer"] = Phase()
-        state = run.live - before
+        optimizer.step()  # which makes the state, before any phase
+        state = run.live
         run.begin("optimizer")
         optimizer.step()
-    for p in params:
-        p.grad = None
+    optimizer.zero_grad()
     return state
 
 
