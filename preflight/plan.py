@@ -57,13 +57,11 @@ def read_model(path: str) -> tuple:
     is_kept = (MODELS / path / "config.json").is_file() and not Path(path).is_dir()
     try:
         config = read_config(MODELS / path if is_kept else path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"model.path {path}: no config.json that can be read ({reason}); a folder with it alone will do"
+            f"model.path {path}: no config.json to plan with ({reason}); a folder with it alone will do"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"model.path {path}: {' '.join(str(error).split())[:200]}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError):

@@ -190,7 +190,7 @@ def test_bad_input_ends_with_one_line(world, tmp_path, capsys, monkeypatch):
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
     for override, message in {
-        f"model.path={tmp_path}/empty": "no config.json that can be read",
+        f"model.path={tmp_path}/empty": "no config.json to plan with",
         f"model.path={tmp_path}/llama": "family llama is not one of",
         "data.train=nowhere.yaml": "data file nowhere.yaml not found",
         "plan.tflop=3": "unknown key plan.tflop; did you mean plan.tflops?",
