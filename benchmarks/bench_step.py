@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from ways import WAYS, Bench, Meter, make_bench, sample_repeated
 
-from preflight.dryrun import Speed
+from preflight.dryrun import Device
 from rollout import generate
 from runtime.environment import environment
 
@@ -69,7 +69,7 @@ class Result:
     seconds: dict[str, dict[str, float]]
     mib: dict[str, dict[str, float]]
     floors: dict[str, Floor]
-    speed: Speed
+    speed: Device
     same_tokens: float  # share of greedy tokens
     diff: float  # of log-probs of the same tokens, at most
 
@@ -122,7 +122,7 @@ def agreement(bench: Bench, tokens_BT: Tensor) -> tuple[float, float]:
         return math.nan, math.nan
 
 
-def measure(bench: Bench, speed: Speed, repeats: int) -> Result:
+def measure(bench: Bench, speed: Device, repeats: int) -> Result:
     """A warm-up of each way, a step of each for its memory, then timed steps by turns."""
     outputs = {name: take(name, bench)[1] for name in WAYS}
     same, diff = agreement(bench, outputs["ours"][0]) if outputs["ours"] else (math.nan, math.nan)

@@ -3,7 +3,8 @@
 Not a roofline of every kernel. A part takes at least the larger of its arithmetic over the rate of a large matrix
 product, and of the bytes that it cannot avoid over the rate of a large copy. FLOPs are counted in the training code
 (preflight/dryrun.py), without what gradient checkpointing computes twice. Bytes are those of weights, gradients,
-optimizer state and KV cache, in every pass once; activations are left out, so the true floor is somewhat higher. Used by bench_step.py.
+optimizer state and KV cache, in every pass once; activations are left out, so the true floor is somewhat higher.
+Used by bench_step.py.
 """
 
 import time
@@ -17,7 +18,7 @@ from torch import Tensor
 from config import GrpoConfig
 from policy import Policy
 from preflight.costs import Case, Launch
-from preflight.dryrun import Speed
+from preflight.dryrun import Device, meta_policy
 from preflight.lengths import Length
 from prompts import Prompt
 
@@ -32,18 +33,18 @@ class Floor:
     flops: float
     bytes: float
 
-    def seconds(self, speed: Speed) -> float:
+    def seconds(self, speed: Device) -> float:
         return max(self.flops / speed.flops, self.bytes / speed.bytes)
 
 
-def measure_speed(device: str, dtype: torch.dtype) -> Speed:
+def measure_speed(device: str, dtype: torch.dtype) -> Device:
     """FLOP/s of a matrix product in `dtype` and bytes/s of a copy (read and written), medians of 5 after a warm-up."""
     side, num = SIDES[device], COPIED[device]
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     flops = 2 * side**3 / _seconds(lambda: a @ b)
     source = torch.ones(num, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Speed(flops, 2 * num / _seconds(lambda: target.copy_(source)), 0.0)
+    return Device(flops, 2 * num / _seconds(lambda: target.copy_(source)), 0.0)
 
 
 def _seconds(call: Callable[[], Tensor]) -> float:
@@ -66,10 +67,11 @@ def step_floors(policy: Policy, cfg: GrpoConfig, prompt: Prompt, device: str) ->
     """Of `ours`: vision, prefill, decode, reference, update (forward and backward) and optimizer, for a whole step."""
     model, cfg = policy.model, replace(cfg, model=replace(cfg.model, gradient_checkpointing=False))
     text, after = model.config.text_config, len(prompt.ids) - prompt.video_start - prompt.video.num_tokens
-    length = Length(prompt.sample, prompt.video_start, prompt.video.grid_thw, prompt.video.num_tokens, after, 0)
+    length = Length(prompt.video_start, prompt.video.grid_thw, prompt.video.num_tokens, after, 0)
     num_new, size, num = cfg.rollout.max_new_tokens, cfg.rollout.group_size, cfg.data.batch_size
-    case = Case(cfg, Launch(), model.config, policy.tokenizer, length, num_new, num_new, Speed(1.0, 1.0, 0.0), device)
-    flops = {name: phase.flops for name, phase in case.run[0].items()}
+    meta = meta_policy(cfg.model, model.config, policy.tokenizer)
+    case = Case(cfg, Launch(), meta, length, num_new, num_new, Device(1.0, 1.0, 0.0, device, (8, 0)))
+    flops = {name: phase.flops for name, phase in case.run.phases.items()}
     language = model.model.language_model
     weights = sum(p.nbytes for module in (language.layers, language.norm, model.lm_head) for p in module.parameters())
     trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)

@@ -36,15 +36,14 @@ from transformers import (
 from config import ModelConfig
 from runtime.checkpoint import identity
 
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json")
 LORA_TEXT = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"  # modules of both families that get an adapter
 LORA_MERGER = r"model\.visual\.merger\.mlp\.(0|2)"
 
 
 def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PeftModel | None]:
-    """Model, tokenizer and adapter of a Hugging Face folder or hub id, frozen as the config says.
-
-    With LoRA the adapter is new, and only it is trained; otherwise there is None.
+    """Model, tokenizer and new adapter (`freeze_and_adapt`) of a Hugging Face folder or hub id.
 
     An adapter folder gives the full model it names with its adapter merged in, in `cfg.dtype`; a relative name counts
     from the working folder, as all paths of a config do.
@@ -54,12 +53,7 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     try:
         full, *adapters = _layers(cfg.path)
         where += f", an adapter of {full}" if adapters else ""
-        check_found(full)
-        config = AutoConfig.from_pretrained(full)
-        if config.model_type not in FAMILIES:
-            raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
-        if set(getattr(config.text_config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-            raise ValueError("a sliding window (use_sliding_window) is not supported")
+        read_config(full)
         tokenizer = _load_tokenizer(full)
         _side_files(full)  # now: saving them is late to find that the hub cannot be reached
         model, info = AutoModelForImageTextToText.from_pretrained(
@@ -74,14 +68,39 @@ def load_model(cfg: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         raise ValueError(f"{where}: {damaged} is damaged or incomplete ({error}); copy or download it again") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())[:300]}") from None
+    return model, tokenizer, freeze_and_adapt(model, cfg)
+
+
+def freeze_and_adapt(model: PreTrainedModel, cfg: ModelConfig) -> PeftModel | None:
+    """Leave trainable what the config says, and return the new adapter, which is None without LoRA.
+
+    With LoRA nothing but the adapter is trained, in float32 whatever the model's dtype. Its A is random (set the seed
+    first) and its B is 0, so that the start is the model as it was. It has no dropout, because then the log-prob of a
+    sampled token and its scored one would be those of different models.
+    """
     model.set_attn_implementation({"vision_config": "flash_windows"})
     if cfg.freeze_vision:
         model.model.visual.requires_grad_(False)
-    adapter = _add_adapter(model, cfg) if cfg.lora_rank else None
+    adapter = None
+    if cfg.lora_rank:
+        targets = f"{LORA_TEXT}|{LORA_MERGER}" if cfg.lora_merger else LORA_TEXT
+        model.name_or_path = cfg.path  # what peft saves as the adapter's base
+        adapter = get_peft_model(model, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets))
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()  # a need of reentrant checkpoints: the frozen tower would get a backward
-    return model, tokenizer, adapter
+    return adapter
+
+
+def read_config(full: str | Path):
+    """The configuration of a folder or hub id with a full model. Raises ValueError or OSError where it cannot train."""
+    check_found(str(full))
+    config = AutoConfig.from_pretrained(full)
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"family {config.model_type} is not one of {', '.join(FAMILIES)}")
+    if set(getattr(config.text_config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise ValueError("a sliding window (use_sliding_window) is not supported")
+    return config
 
 
 def check_found(path: str) -> None:
@@ -143,8 +162,7 @@ def _unreadable_weights(folders: list[str]) -> list[str]:
     found = []
     for file in [file for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]:
         try:
-            with safe_open(file, "pt"):
-                pass
+            safe_open(file, "pt")
         except SafetensorError:
             found.append(str(file))
     return found
@@ -193,37 +211,19 @@ def _merged(model, folder: str):
     return wrapper.merge_and_unload().requires_grad_(True)
 
 
-def _add_adapter(model, cfg: ModelConfig) -> PeftModel:
-    """Low-rank adapters, the only thing that is trained from here on; in float32 whatever the model's dtype.
-
-    A is random (set the seed first) and B is 0, so that the start is the model as it was. No dropout: the log-prob of
-    a sampled token and its scored one would be those of different models.
-    """
-    targets = f"{LORA_TEXT}|{LORA_MERGER}" if cfg.lora_merger else LORA_TEXT
-    model.name_or_path = cfg.path  # what peft saves as the adapter's base
-    return get_peft_model(model, LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets))
-
-
 def save_model(
-    model: PreTrainedModel,
-    adapter: PeftModel | None,
-    folder: str | Path,
-    source: str,
-    weights: dict[str, torch.Tensor] | None = None,
+    model: PreTrainedModel, adapter: PeftModel | None, folder: str | Path, source: str, weights: dict | None = None
 ) -> None:
     """Write a Hugging Face folder: our weights, with LoRA the adapter's alone, every other file as `source` has it.
 
-    `weights` are the policy's by name, where it does not hold them itself (engine.Engine.gathered_weights). Where
-    `source` is an adapter folder, those files are the full model's. Tensors have the names that they have in the files
-    of `source` (transformers 5 renames on loading, and renames back here) and the dtype they are trained in.
+    `weights` are the policy's tensors by name, where it does not hold them itself (engine.Engine.gathered_weights).
+    Where `source` is an adapter folder, those files are the full model's. Tensors have the names that they have in the
+    files of `source` (transformers 5 renames on loading, and renames back here) and the dtype they are trained in.
     """
     folder = Path(folder)
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    if weights is None:
-        own = model.state_dict()
-    else:
-        own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    own = model.state_dict() if weights is None else {name.removeprefix("model."): x for name, x in weights.items()}
     if adapter is None:
         model.save_pretrained(aside, state_dict=own)
     else:
@@ -236,23 +236,6 @@ def save_model(
             (aside / name).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`merge`, in float32, so that no small update is rounded away here; a user's error ends with one line."""
-    args = of_merge(argv, __doc__)
-    with user_errors():
-        if len(_layers(args.adapter)) == 1:
-            raise ValueError(f"{args.adapter} is no adapter folder: it has no adapter_config.json")
-        if Path(args.out).exists():
-            raise ValueError(f"{args.out} exists; give another folder")
-        model, _, adapter = load_model(ModelConfig(path=args.adapter))
-        save_model(model, adapter, args.out, args.adapter)
-
-
-if __name__ == "__main__":
-    main()
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
 
 def banned_ids(config, tokenizer) -> Tensor:
@@ -271,3 +254,19 @@ def stop_ids(generation_config, tokenizer) -> tuple[list[int], int]:
     if eos is None or pad is None:
         raise ValueError("neither generation_config.json nor the tokenizer names an EOS and a pad token")
     return ([eos] if isinstance(eos, int) else list(eos)), pad
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`merge`, in float32, so that no small update is rounded away here; a user's error ends with one line."""
+    args = of_merge(argv, __doc__)
+    with user_errors():
+        if len(_layers(args.adapter)) == 1:
+            raise ValueError(f"{args.adapter} is no adapter folder: it has no adapter_config.json")
+        if Path(args.out).exists():
+            raise ValueError(f"{args.out} exists; give another folder")
+        model, _, adapter = load_model(ModelConfig(path=args.adapter))
+        save_model(model, adapter, args.out, args.adapter)
+
+
+if __name__ == "__main__":
+    main()

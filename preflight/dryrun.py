@@ -1,8 +1,7 @@
-"""A training step on PyTorch's meta device: tensors have shapes and no data. What it holds and computes, by phase.
+"""A training step on PyTorch's meta device, whose tensors have shapes and no data: what it holds and computes by phase.
 
-Not a profiler: nothing is computed, and no weights and no GPU are needed. Not a set of formulas either: what runs is
-the code that trains (policy.py, the cache and the sampler of rollout.py, the optimizer), forward and backward, and the
-sizes of the tensors that are alive are added up. Only attention has a stand-in. Nothing to run; preflight/plan.py does.
+The code that trains (policy.py, the cache and the sampler of rollout.py, the optimizer) runs forward and backward, and
+the sizes of the tensors that are alive are added up. No weights and no GPU are needed. Only attention has a stand-in.
 """
 
 import weakref
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -21,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from config import ModelConfig
 from model import attention
 from model.attention import GroupLayer
-from model.folder import LORA_MERGER, LORA_TEXT
+from model.folder import freeze_and_adapt
 from policy import Policy, pack, packed_logps
 from prompts import Prompt
 from rollout import GumbelSampler
@@ -30,12 +28,14 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What a device reaches, not its peaks. An operation takes the longest of the three."""
+class Device:
+    """What a device reaches, not its peaks. An operation takes the longest of its three times."""
 
     flops: float  # per second
     bytes: float  # of memory read and written per second
-    launch_s: float  # of any operation, however small
+    launch_s: float  # seconds of any operation, however small
+    type: str = "cpu"  # or "cuda"; type and capability decide which kernel computes attention
+    capability: tuple[int, int] = (0, 0)  # of CUDA
 
 
 @dataclass
@@ -51,25 +51,23 @@ class Phase:
 class DryRun(TorchDispatchMode):
     """A context in which operations on meta tensors are counted, into the phase that `begin` has named.
 
-    Counted are the tensors made inside, as long as they live; weights are not. Small tensors of indices may be real:
-    code that decides by their values runs as always, and where they meet a meta tensor they become one.
-
-    `device` ("cpu" or "cuda") and its CUDA compute capability decide which kernel computes attention, as they do in a
-    real run. Stand-ins take the memory of a fused kernel. The plain form is run as in training.
+    Tensors made inside are counted as long as they live, and weights are not. Small tensors of indices may be real, so
+    that code decides by their values as always. Where they meet a meta tensor they become one. Stand-ins take the
+    memory of a fused kernel of attention. Its plain form is run as in training.
     """
 
-    def __init__(self, speed: Speed, device: str = "cpu", capability: tuple[int, int] = (0, 0)):
+    def __init__(self, device: Device):
         super().__init__()
-        self.speed, self.device, self.capability = speed, device, capability
+        self.device = device
         self.live = 0  # bytes
+        self.cache = 0  # bytes of the KV cache at its largest, once `sample` has run
         self.phases: dict[str, Phase] = {}
         self._phase, self._repeat = Phase(), 1.0  # before the first has begun
         self._sizes: dict[int, weakref.ref] = {}  # storages by address
-        self._known: dict[tuple, tuple] = {}  # results of operations by their inputs: layers are alike
+        self._known: dict[tuple, tuple] = {}  # results of operations and their FLOPs by inputs: layers are alike
 
     def __enter__(self) -> "DryRun":
         self._real = torch.nn.functional.scaled_dot_product_attention, attention.attend, attention.attend_backward
-        # in their places, what takes the memory of the kernel that a real run would call
         torch.nn.functional.scaled_dot_product_attention = self._attention
         attention.attend, attention.attend_backward = self._attend, self._attend_backward
         return super().__enter__()
@@ -78,16 +76,15 @@ class DryRun(TorchDispatchMode):
         super().__exit__(*error)
         torch.nn.functional.scaled_dot_product_attention, attention.attend, attention.attend_backward = self._real
 
-    def begin(self, name: str, repeat: float = 1.0) -> Phase:
+    def begin(self, name: str, repeat: float = 1.0) -> None:
         """What runs from here on belongs to phase `name`; a real step runs it `repeat` times."""
         self._phase, self._repeat = self.phases.setdefault(name, Phase()), repeat
         self._phase.held = max(self._phase.held, self.live)
         self._phase.peak = max(self._phase.peak, self.live)
-        return self._phase
 
     def count(self, flops: float, num_bytes: float) -> None:
         """One operation in the present phase."""
-        seconds = max(flops / self.speed.flops, num_bytes / self.speed.bytes, self.speed.launch_s)
+        seconds = max(flops / self.device.flops, num_bytes / self.device.bytes, self.device.launch_s)
         self._phase.flops += self._repeat * flops
         self._phase.seconds += self._repeat * seconds
 
@@ -99,8 +96,7 @@ class DryRun(TorchDispatchMode):
         key = func, _scan(args, inputs), _scan(kwargs, inputs)
         num_meta = sum(x.is_meta for x in inputs)
         if not num_meta:
-            out = func(*args, **kwargs)
-            self._hold(out)
+            self._hold(out := func(*args, **kwargs))
             return out
         if num_meta < len(inputs):
             args, kwargs = tree_map_only(Tensor, lambda x: x.to(META), (args, kwargs))
@@ -111,9 +107,10 @@ class DryRun(TorchDispatchMode):
             kwargs = {name: META if name == "device" else value for name, value in kwargs.items()}
             out = func(*args, **kwargs)
             formula = flop_registry.get(func._overloadpacket)
-            self._known[key] = _layout(out), formula(*args, **kwargs, out_val=out) if formula else 0
-        layout, flops = self._known[key]
-        out = _from_layout(layout)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
+            self._known[key] = tree_map_only(Tensor, _like, out), flops  # not `out`: it may be a view of the inputs
+        known, flops = self._known[key]
+        out = tree_map_only(Tensor, _like, known)
         num_bytes = self._hold(out)
         if "empty" not in func.__name__:
             self.count(flops, num_bytes + sum(x.nbytes for x in inputs))
@@ -136,7 +133,8 @@ class DryRun(TorchDispatchMode):
         del self._sizes[address]
 
     def _kernel(self, query: Tensor, has_bias: bool) -> str:
-        return attention.choose_kernel(self.device, query.dtype, query.shape[3], has_bias, self.capability)
+        device = self.device
+        return attention.choose_kernel(device.type, query.dtype, query.shape[3], has_bias, device.capability)
 
     def _attention(self, query, key, value, attn_mask=None, is_causal=False, **kwargs) -> Tensor:
         if self._kernel(query, has_bias=False) == "plain":
@@ -191,23 +189,13 @@ class _Attention(torch.autograd.Function):
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), None, None, None
 
 
-def meta_policy(cfg: ModelConfig, config, tokenizer, temperature: float) -> Policy:
-    """What pretrained.load_policy makes of a model folder, from its configuration and without weights."""
+def meta_policy(cfg: ModelConfig, config, tokenizer) -> Policy:
+    """What policy.load_policy makes of a model folder, from the folder's configuration and without weights."""
     with META:
         model = AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, cfg.dtype), attn_implementation="shared_prefix"
         )
-    model.set_attn_implementation({"vision_config": "flash_windows"})
-    if cfg.freeze_vision:
-        model.model.visual.requires_grad_(False)
-    adapter = None
-    if cfg.lora_rank:
-        targets = f"{LORA_TEXT}|{LORA_MERGER}" if cfg.lora_merger else LORA_TEXT
-        adapter = get_peft_model(model, LoraConfig(r=cfg.lora_rank, target_modules=targets))
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()
-    return Policy(model, tokenizer, temperature, adapter)
+    return Policy(model, tokenizer, adapter=freeze_and_adapt(model, cfg))
 
 
 @dataclass(frozen=True)
@@ -230,10 +218,10 @@ class Call:
 
 
 @torch.no_grad()
-def sample(run: DryRun, policy: Policy, call: Call) -> int:
-    """What rollout.generate does with one micro-batch; returns the bytes of its cache at the end.
+def sample(run: DryRun, policy: Policy, call: Call) -> None:
+    """What rollout.generate does with one micro-batch.
 
-    Of its steps two are run: one half way, which stands for all in FLOPs and time, and the last, with the most to hold.
+    Two of its steps are run: the one half way stands for all in FLOPs and time, and the last one holds the most.
     """
     policy.eval()
     text, num, longest = policy.model.model.language_model, len(call.prompts), len(call.prompts[0].ids)
@@ -273,9 +261,8 @@ def sample(run: DryRun, policy: Policy, call: Call) -> int:
         logits_BV = policy.model.lm_head(hidden_B1H)[:, -1].to(torch.float32, copy=True)
         GumbelSampler(policy, range(num_rows))(None, logits_BV)
         del hidden_B1H, logits_BV
-    return sum(
-        x.nbytes for layer in cache.layers for x in (layer.prompt.keys, layer.prompt.values, layer.keys, layer.values)
-    )
+    parts = [(layer.prompt.keys, layer.prompt.values, layer.keys, layer.values) for layer in cache.layers]
+    run.cache = sum(x.nbytes for part in parts for x in part)
 
 
 @torch.no_grad()
@@ -288,20 +275,16 @@ def score(run: DryRun, policy: Policy, call: Call) -> None:
 
 
 def update(run: DryRun, policy: Policy, call: Call, entropy_grad: bool, keep_gradients: bool) -> None:
-    """Forward and backward of one micro-batch.
-
-    `keep_gradients`: they are counted, as they come; else not at all, and each is dropped as soon as it is complete.
-    """
+    """Forward and backward of one micro-batch. Without `keep_gradients` each is dropped as soon as it is complete."""
     policy.train()
     trained = [p for p in policy.parameters() if p.requires_grad]
-    hooks = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_drop_gradient) for p in trained]
+    hooks = []
+    if not keep_gradients:
+        hooks = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in trained]
 
     def leave_layers(_module, _inputs, output) -> None:
         run.begin("head", call.repeat)
-        output.last_hidden_state.register_hook(lambda _: enter_layers())
-
-    def enter_layers() -> None:
-        run.begin("backward", call.repeat)
+        output.last_hidden_state.register_hook(lambda _: run.begin("backward", call.repeat))
 
     hooks.append(policy.model.model.language_model.register_forward_hook(leave_layers))
     run.begin("forward", call.repeat)
@@ -312,25 +295,17 @@ def update(run: DryRun, policy: Policy, call: Call, entropy_grad: bool, keep_gra
 
 
 def optimize(run: DryRun, optimizer: torch.optim.Optimizer) -> int:
-    """Steps of an optimizer on one device; returns the bytes of its state. Gradients are not counted."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in params:
-        p.grad = torch.empty_like(p)
-    before = run.live
+    """Two steps of an optimizer on one device; returns the bytes of its state. Gradients are not counted."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.empty_like(p)
     with run:
-        run.begin("optimizer", 0)
-        optimizer.step()  # the first one makes the state
-        run.phases["optimizer"] = Phase()
-        state = run.live - before
+        optimizer.step()  # which makes the state, before any phase
+        state = run.live
         run.begin("optimizer")
         optimizer.step()
-    for p in params:
-        p.grad = None
+    optimizer.zero_grad()
     return state
-
-
-def _drop_gradient(p: Tensor) -> None:
-    p.grad = None
 
 
 @cache
@@ -351,20 +326,5 @@ def _scan(tree, tensors: list[Tensor]):
     return type(tree), tree
 
 
-def _layout(tree):
-    if isinstance(tree, Tensor):
-        return _Layout(tree.shape, tree.stride(), tree.dtype)
-    return type(tree)(map(_layout, tree)) if isinstance(tree, list | tuple) else tree
-
-
-@dataclass(frozen=True)
-class _Layout:
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _from_layout(tree):
-    if isinstance(tree, _Layout):
-        return torch.empty_strided(tree.shape, tree.stride, dtype=tree.dtype, device=META)
-    return type(tree)(map(_from_layout, tree)) if isinstance(tree, list | tuple) else tree
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)

@@ -1,8 +1,7 @@
 """How many tokens every record will cost, by the functions that training uses, without decoding a video.
 
 What a file holds comes from the manifest of `python data.py check`, else from its header (of a few hundred files at
-most), else from the record's duration and an assumed size: the output says how many of each. Nothing to run;
-preflight/plan.py does.
+most), else from the record's duration and an assumed size. The plan says how many records there are of each kind.
 """
 
 from collections import Counter
@@ -26,7 +25,6 @@ ASSUMED = (640, 480, 30.0)  # width, height, frames per second where no file is 
 class Length:
     """Tokens of one record."""
 
-    sample: Sample
     before: int  # of text, before the video
     grid_thw: tuple[int, int, int]
     video: int
@@ -57,12 +55,10 @@ class RoughTokenizer:
         return 1 if token == "<|video_pad|>" else None
 
     def apply_chat_template(self, turns: list[dict], **_) -> str:
-        texts = [turn["content"] if isinstance(turn["content"], str) else _with_pad(turn) for turn in turns]
+        contents = [[{"text": turn["content"]}] if turn["role"] == "system" else turn["content"] for turn in turns]
+        video = "<|vision_start|><|video_pad|><|vision_end|>"
+        texts = ["".join(part.get("text", video) for part in content) for content in contents]
         return "".join(f"<|im_start|>{turn['role']}\n{text}<|im_end|>\n" for turn, text in zip(turns, texts))
-
-
-def _with_pad(turn: dict) -> str:
-    return "".join(part.get("text", "<|vision_start|><|video_pad|><|vision_end|>") for part in turn["content"])
 
 
 def measure(
@@ -82,7 +78,7 @@ def measure(
             before, _, after = builder.text_ids(sample)
             text = target_text(sample) if target_text else None
             target = 0 if text is None else len(builder.tokenizer(text, add_special_tokens=False).input_ids) + 1
-            lengths.append(Length(sample, len(before), video.grid_thw, video.num_tokens, len(after), target))
+            lengths.append(Length(len(before), video.grid_thw, video.num_tokens, len(after), target))
     if not lengths:
         raise ValueError(f"no record's video has a known length: {source}")
     return lengths, source
@@ -100,30 +96,33 @@ def plan_videos(
     usual = Counter(found).most_common(1)[0][0] if found else ASSUMED
     plans, sources, done = [], Counter(), {}
     for sample, line in zip(samples, lines):
-        header = headers.get((sample.video, sample.fps))
-        source = "manifest" if line else "header" if header else "record" if sample.duration else "unknown"
         key = (sample.video, sample.clip, sample.fps, sample.duration)
         if key not in done:
+            header = headers.get((sample.video, sample.fps))
             try:
                 done[key] = _plan_one(sample, line, header, usual, spec, geometry)
             except ValueError:  # what the loader would replace
-                done[key] = None
-        plans.append(done[key])
-        sources["unusable" if source != "unknown" and done[key] is None else source] += 1
-    return plans, _describe(sources, usual if found else None)
+                done[key] = "unusable", None
+        source, plan = done[key]
+        plans.append(plan)
+        sources[source] += 1
+    return plans, _describe(sources, usual, bool(found))
 
 
-def _plan_one(sample: Sample, line: dict | None, header: Header | None, usual, spec, geometry) -> VideoPlan | None:
+def _plan_one(
+    sample: Sample, line: dict | None, header: Header | None, usual: tuple, spec: VideoSpec, geometry: Geometry
+) -> tuple[str, VideoPlan | None]:
+    """Where a video's size is known from, and its plan."""
     if line is not None:
         uneven = line["vfr"] or line["first_time"]
         fps = line["frames"] / line["duration"] if uneven else line["fps"]
-        return plan(line["frames"], fps, line["height"], line["width"], spec, geometry, sample.clip)
+        return "manifest", plan(line["frames"], fps, line["height"], line["width"], spec, geometry, sample.clip)
     if header is not None:
-        return plan_file(header, spec, geometry, sample.clip)
+        return "header", plan_file(header, spec, geometry, sample.clip)
     if sample.duration is None:
-        return None
+        return "unknown", None
     width, height, fps = usual
-    return plan(max(1, round(sample.duration * fps)), fps, height, width, spec, geometry)
+    return "record", plan(max(1, round(sample.duration * fps)), fps, height, width, spec, geometry)
 
 
 def _probe_some(samples: Sequence[Sample]) -> dict[tuple[str, float | None], Header]:
@@ -139,13 +138,12 @@ def _probe_some(samples: Sequence[Sample]) -> dict[tuple[str, float | None], Hea
     return headers
 
 
-def _describe(sources: Counter, usual: tuple[int, int, float] | None) -> str:
-    width, height, fps = usual or ASSUMED
-    why = "the commonest of those" if usual else "assumed: no file and no manifest is there"
+def _describe(sources: Counter, size: tuple[int, int, float], is_known: bool) -> str:
+    why = "the commonest of those" if is_known else "assumed: no file and no manifest is there"
     texts = {
         "manifest": "by the manifest",
         "header": "by their files' headers",
-        "record": f"by the record's duration, with frames of {width}x{height} at {fps:g} a second, {why}",
+        "record": "by the record's duration, with frames of {}x{} at {:g} a second, ".format(*size) + why,
         "unknown": "left out: neither a duration in the record nor a file",
         "unusable": "left out: training would replace them",
     }

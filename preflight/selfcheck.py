@@ -1,16 +1,17 @@
 """The start-up self-check: what makes a run's numbers wrong without an error, looked for before the first step.
 
-Not a test of this code (tests/): it asks whether the model folder, the libraries, the data and the other processes are
-what this code takes them for. `check_ranks` compares the processes, `check_model` scores two short completions of one
-real sample per process. They change no random state, no place in the data and no metric; run.self_check=false switches
-them off.
+The tests of this code (tests/) cannot know whether the model folder, the libraries, the data and the other processes
+are what this code takes them for. `check_ranks` compares the processes, and `check_model` scores two short completions
+of one real sample per process. They change no random state, no place in the data and no metric. run.self_check=false
+switches them off.
 """
 
 import dataclasses
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -34,13 +35,11 @@ from video.workers import Workers
 
 NUM_TRIED = 8  # samples until one can be read; what becomes of a run where none can is for the loader to say
 SIZES, PROBE_TOKENS = RolloutConfig(group_size=2, max_new_tokens=8, micro_batch_size=1), 8
-# Of the mean |difference| of log-probs that should be equal. Measured on tiny models of both families, trained ones and
-# random ones, and on random ones of 28 layers: at most 5e-6 (2e-5 for a single token) in float32; 0.026 (0.094) in
-# bfloat16, where logits between 16 and 32 are 0.125 apart.
+# Allowed mean |difference| of log-probs that should be equal. Measured on tiny models of both families, trained ones
+# and random ones, and on random ones of 28 layers: at most 5e-6 (2e-5 for a single token) in float32, and 0.026 (0.094)
+# in bfloat16, where logits between 16 and 32 are 0.125 apart.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-# The check of attention tries so many completions of at most this length. That is more than one block of a kernel, and
-# takes milliseconds.
-MOST_COMPLETIONS, LONGEST_COMPLETION = 8, 150
+MOST_COMPLETIONS, LONGEST_COMPLETION = 8, 150  # for attention: more than one block of a kernel, and milliseconds
 LEAST_SEEN = 1e-3  # the largest change of a log-prob by a blank video; measured 0.5 and more, 0 where it is not seen
 # Patches (time, height, width) of a video, seconds per time step, and its time positions in the released models
 LAYOUTS = (
@@ -76,11 +75,9 @@ def differences(facts: Sequence[dict[str, Any]]) -> list[str]:
     """
     found = []
     for name in dict.fromkeys(name for fact in facts for name in fact):
-        ranks: dict[str, list[int]] = {}
-        for rank, fact in enumerate(facts):
-            ranks.setdefault(str(fact.get(name)), []).append(rank)
+        ranks = _ranks_by_text((rank, str(fact.get(name))) for rank, fact in enumerate(facts))
         if len(ranks) > 1:
-            found.append(f"{name} ({', '.join(f'{value} on {_ranks(who)}' for value, who in ranks.items())})")
+            found.append(f"{name} ({', '.join(f'{value} on {who}' for value, who in ranks.items())})")
     return found
 
 
@@ -102,7 +99,7 @@ def check_model(
     if not cfg.run.self_check:
         return
     start, raw, was_training = time.perf_counter(), run.engine.unwrap(policy), policy.training
-    _raise_together(folder_failures(raw, builder.geometry) + position_failures(raw.model.config), run)
+    _raise_together([*folder_failures(raw, builder.geometry), *position_failures(raw.model.config)], run)
     prompt = first_prompt(samples, builder, workers, run.engine.rank)
     if missing := run.engine.sums({"missing": float(prompt is None)})["missing"]:
         if run.is_main:
@@ -114,12 +111,14 @@ def check_model(
         _raise_together(count_failures(prompt, len(video_embeds), raw, builder), run)
         _raise_together(attention_failures(raw, len(prompt.ids), ragged_lengths(cfg)), run)
         rollout = generate(raw, [prompt], [video_embeds], SIZES, synced=not whole)
-    packed = pack([prompt], [[*rollout.completions[0], probe(prompt, raw)]], raw.model.config, raw.device)
-    logps_N = policy(packed)[0]
-    sampled_N = rollout.logps_BT[rollout.mask_BT]
+    # text of the prompt is one more completion: unlikely, so its log-probs move where a sure model's own stay at 0
+    banned = set(raw.banned.tolist())
+    probe = [i for i in prompt.ids if i not in banned][-PROBE_TOKENS:]
+    packed = pack([prompt], [[*rollout.completions[0], probe]], raw.model.config, raw.device)
+    logps_N, sampled_N = policy(packed)[0], rollout.logps_BT[rollout.mask_BT]
     causes = f"matrix products of lower precision than model.dtype (autocast, TF32), {OTHER_VERSION}"
-    failures = gap_failures("sampled = scored", sampled_N, logps_N[: len(sampled_N)], raw.model.dtype, causes)
-    failures += use_failures(policy, packed, video_embeds, logps_N) + video_failures(policy, packed, logps_N)
+    failures = [*gap_failures("sampled = scored", sampled_N, logps_N[: len(sampled_N)], raw.model.dtype, causes)]
+    failures += [*use_failures(policy, packed, video_embeds, logps_N), *video_failures(policy, packed, logps_N)]
     if reference is not None:
         with run.engine.unwrap(reference).adapter_off():
             theirs_N = reference(packed)[0]
@@ -128,10 +127,9 @@ def check_model(
     _raise_together(failures, run)
     policy.train(was_training)
     if run.is_main:
-        names = ["equal processes", "rotary positions", "token counts", "gradients of attention", "sampled = scored"]
-        names += ["video seen"]
-        names += [] if reference is None else ["reference = policy"]
-        print(f"self-check: {len(names)} checks in {time.perf_counter() - start:.1f} s ({', '.join(names)})")
+        names = "equal processes, rotary positions, token counts, gradients of attention, sampled = scored, video seen"
+        names += ", reference = policy" if reference is not None else ""
+        print(f"self-check: {names.count(',') + 1} checks in {time.perf_counter() - start:.1f} s ({names})")
 
 
 def first_prompt(samples: Sequence[Sample], builder: PromptBuilder, workers: Workers, rank: int) -> Prompt | None:
@@ -141,13 +139,7 @@ def first_prompt(samples: Sequence[Sample], builder: PromptBuilder, workers: Wor
     return next((prompt for prompt in read if isinstance(prompt, Prompt)), None)
 
 
-def probe(prompt: Prompt, policy: Policy) -> list[int]:
-    """Text of the prompt, as one more completion: unlikely, so its log-probs move where a sure model's stay at 0."""
-    banned = set(policy.banned.tolist())
-    return [i for i in prompt.ids if i not in banned][-PROBE_TOKENS:]
-
-
-def folder_failures(policy: Policy, geometry: Geometry) -> list[str]:
+def folder_failures(policy: Policy, geometry: Geometry) -> Iterator[str]:
     """Whether the files of the model folder agree with each other and with the released ones."""
     config, id_of = policy.model.config, policy.tokenizer.convert_tokens_to_ids
     text, vision = config.text_config, config.vision_config
@@ -160,16 +152,14 @@ def folder_failures(policy: Policy, geometry: Geometry) -> list[str]:
     }
     if text.hidden_size // text.num_attention_heads == 128:
         pairs["mrope_section"] = (text.rope_parameters.get("mrope_section"), MROPE_SECTION)
-    differing = [f"{name} {ours} ({theirs} expected)" for name, (ours, theirs) in pairs.items() if ours != theirs]
-    if not differing:
-        return []
-    return [
-        f"model folder: config.json has {', '.join(differing)}, by its tokenizer, its preprocessor file and the "
-        "released models. Usual causes: files of another model in the folder, tokens added to the tokenizer."
-    ]
+    if differing := [f"{name} {ours} ({theirs} expected)" for name, (ours, theirs) in pairs.items() if ours != theirs]:
+        yield (
+            f"model folder: config.json has {', '.join(differing)}, by its tokenizer, its preprocessor file and the "
+            "released models. Usual causes: files of another model in the folder, tokens added to the tokenizer."
+        )
 
 
-def position_failures(config) -> list[str]:
+def position_failures(config) -> Iterator[str]:
     """Whether policy.py's positions under this config are those of the released models, written out here once more."""
     vision, before = config.vision_config, 2  # tokens of text before the video; one comes after it
     for (t, h, w), seconds, times in LAYOUTS:
@@ -179,14 +169,14 @@ def position_failures(config) -> list[str]:
         places = [(i, i, i) for i in range(before)] + [tuple(before + i for i in place) for place in grid]
         theirs_3P = torch.tensor([*places, (max(map(max, places)) + 1,) * 3]).T
         if not torch.equal(ours_3P, theirs_3P):
-            return [
+            yield (
                 f"rotary positions: a video of {t} x {h} x {w} patches, {seconds} s a step, after {before} tokens of "
                 f"text has {_shown(ours_3P, before)}; in the released {config.model_type} {_shown(theirs_3P, before)}. "
                 "Usual causes: a config.json with another vision_config.tokens_per_second than 2 (here "
                 f"{getattr(vision, 'tokens_per_second', None)}; 4 where the key is missing) or spatial_merge_size than "
                 f"2 (here {vision.spatial_merge_size})."
-            ]
-    return []
+            )
+            return
 
 
 def _shown(positions_3P: Tensor, before: int) -> str:
@@ -194,17 +184,16 @@ def _shown(positions_3P: Tensor, before: int) -> str:
     return ", ".join([*(f"{name} {axis.unique().tolist()}" for name, axis in axes), f"text at {positions_3P[0, -1]}"])
 
 
-def count_failures(prompt: Prompt, num_embeds: int, policy: Policy, builder: PromptBuilder) -> list[str]:
+def count_failures(prompt: Prompt, num_embeds: int, policy: Policy, builder: PromptBuilder) -> Iterator[str]:
     """Whether placeholders, the tower's embeddings and the plan agree, and the plan keeps to its budget."""
     placeholders, planned = prompt.ids.count(policy.model.config.video_token_id), prompt.video.num_tokens
     budget = builder.video.total_pixels // builder.geometry.factor**2
-    if placeholders == num_embeds == planned <= budget:
-        return []
-    return [
-        f"token counts: sample {prompt.sample.id} has {placeholders} video placeholders in its prompt, {num_embeds} "
-        f"embeddings from the vision tower and {planned} planned tokens, of {budget} at most (video.total_pixels). "
-        f"Usual causes: a preprocessor file of another model, {OTHER_VERSION}."
-    ]
+    if not placeholders == num_embeds == planned <= budget:
+        yield (
+            f"token counts: sample {prompt.sample.id} has {placeholders} video placeholders in its prompt, "
+            f"{num_embeds} embeddings from the vision tower and {planned} planned tokens, of {budget} at most "
+            f"(video.total_pixels). Usual causes: a preprocessor file of another model, {OTHER_VERSION}."
+        )
 
 
 def ragged_lengths(cfg) -> list[int]:
@@ -214,40 +203,36 @@ def ragged_lengths(cfg) -> list[int]:
     return torch.linspace(1, min(most, LONGEST_COMPLETION), min(num, MOST_COMPLETIONS)).long().tolist()
 
 
-def attention_failures(policy: Policy, num_prompt: int, lengths: Sequence[int]) -> list[str]:
+def attention_failures(policy: Policy, num_prompt: int, lengths: Sequence[int]) -> Iterator[str]:
     """Whether the packed attention has the values and gradients that it should, on this device and in this type.
 
     A kernel that reads its inputs in another way than it is taken to returns wrong gradients without an error.
     """
     model, dtype = policy.model.model.language_model, policy.model.dtype
     span, layer = make_span(0, num_prompt, lengths, policy.device), model.layers[0].self_attn
-    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-    errors = kernelcheck.attention_errors(layer, [span], (heads, kv_heads, layer.head_dim), dtype)
-    tolerance = kernelcheck.TOLERANCE[dtype]
-    wrong = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= tolerance]
-    if not wrong:
-        return []
-    shape = f"{num_prompt} prompt tokens and {len(lengths)} completions of {lengths[0]} to {lengths[-1]}"
-    return [
-        f"gradients of attention: on {policy.device}, with {shape}, the packed attention is not plain attention in "
-        f"float32. Norm of the difference over the norm, of which {str(dtype)[6:]} allows {tolerance:g}: "
-        f"{', '.join(wrong)}. Usual causes: a kernel with another contract (`python benchmarks/gpu.py` tries each of "
-        "them), matrix products of lower precision than model.dtype (TF32)."
-    ]
+    shape = model.config.num_attention_heads, model.config.num_key_value_heads, layer.head_dim
+    errors, tolerance = kernelcheck.attention_errors(layer, [span], shape, dtype), kernelcheck.TOLERANCE[dtype]
+    if wrong := [f"{name} {error:.2g}" for name, error in errors.items() if not error <= tolerance]:  # NaN is wrong
+        yield (
+            f"gradients of attention: on {policy.device}, with {num_prompt} prompt tokens and {len(lengths)} "
+            f"completions of {lengths[0]} to {lengths[-1]}, the packed attention is not plain attention in float32. "
+            f"Norm of the difference over the norm, of which {str(dtype)[6:]} allows {tolerance:g}: "
+            f"{', '.join(wrong)}. Usual causes: a kernel with another contract (`python benchmarks/gpu.py` tries each "
+            "of them), matrix products of lower precision than model.dtype (TF32)."
+        )
 
 
-def gap_failures(name: str, ours_N: Tensor, theirs_N: Tensor, dtype: torch.dtype, causes: str) -> list[str]:
+def gap_failures(name: str, ours_N: Tensor, theirs_N: Tensor, dtype: torch.dtype, causes: str) -> Iterator[str]:
     """Whether two ways to the same log-probs agree, but for the rounding of the weights' dtype."""
     gap_N = (ours_N - theirs_N).abs()
-    if gap_N.mean() <= TOLERANCE[dtype]:
-        return []
-    return [
-        f"{name}: log-probs of {len(gap_N)} tokens differ by {gap_N.mean():.2g} on average, {gap_N.max():.2g} at most; "
-        f"{str(dtype)[6:]} allows {TOLERANCE[dtype]:g} on average. Usual causes: {causes}."
-    ]
+    if not gap_N.mean() <= TOLERANCE[dtype]:  # NaN is wrong
+        yield (
+            f"{name}: log-probs of {len(gap_N)} tokens differ by {gap_N.mean():.2g} on average, {gap_N.max():.2g} at "
+            f"most; {str(dtype)[6:]} allows {TOLERANCE[dtype]:g} on average. Usual causes: {causes}."
+        )
 
 
-def use_failures(policy: nn.Module, packed: Packed, video_embeds: Tensor, logps_N: Tensor) -> list[str]:
+def use_failures(policy: nn.Module, packed: Packed, video_embeds: Tensor, logps_N: Tensor) -> Iterator[str]:
     """Whether the model uses the rotary positions it is given, along each axis."""
     unused = []
     for axis, name in enumerate(("time", "height", "width")):
@@ -255,44 +240,44 @@ def use_failures(policy: nn.Module, packed: Packed, video_embeds: Tensor, logps_
         positions_3S[axis] *= 8
         if torch.equal(policy(replace(packed, positions_3S=positions_3S), video_embeds)[0], logps_N):
             unused.append(name)
-    if not unused:
-        return []
-    return [
-        f"rotary positions: {len(logps_N)} log-probs stay exactly as they are when those along {', '.join(unused)} are "
-        f"multiplied by 8: the model does not use them. Usual causes: {OTHER_VERSION}."
-    ]
+    if unused:
+        yield (
+            f"rotary positions: {len(logps_N)} log-probs stay exactly as they are when those along {', '.join(unused)} "
+            f"are multiplied by 8: the model does not use them. Usual causes: {OTHER_VERSION}."
+        )
 
 
-def video_failures(policy: nn.Module, packed: Packed, logps_N: Tensor) -> list[str]:
+def video_failures(policy: nn.Module, packed: Packed, logps_N: Tensor) -> Iterator[str]:
     """Whether log-probs depend on what the video shows: against one that is all grey."""
     (prompt,) = packed.prompts
     blank = replace(prompt, video=replace(prompt.video, patches=torch.zeros_like(prompt.video.patches)))
     change = (policy(replace(packed, prompts=(blank,)))[0] - logps_N).abs().max().item()
-    if change > LEAST_SEEN:
-        return []
-    return [
-        f"video seen: with a blank one in the place of {prompt.sample.video} {len(logps_N)} log-probs change by "
-        f"{change:.2g} at most, not by more than {LEAST_SEEN:g}. Usual causes: a vision tower whose weights are 0 or "
-        f"were not loaded, a video that is blank itself, {OTHER_VERSION}."
-    ]
+    if not change > LEAST_SEEN:  # NaN is wrong
+        yield (
+            f"video seen: with a blank one in the place of {prompt.sample.video} {len(logps_N)} log-probs change by "
+            f"{change:.2g} at most, not by more than {LEAST_SEEN:g}. Usual causes: a vision tower whose weights are 0 "
+            f"or were not loaded, a video that is blank itself, {OTHER_VERSION}."
+        )
 
 
-def _raise_together(failures: list[str], run: Run) -> None:
+def _raise_together(failures: Iterable[str], run: Run) -> None:
     """Every process raises what any of them has found: one that ended alone would leave the others waiting."""
-    ranks: dict[str, list[int]] = {}
-    for rank, text in run.engine.gather_rows([(run.engine.rank, text) for text in failures]):
-        ranks.setdefault(text, []).append(rank)
+    ranks = _ranks_by_text(run.engine.gather_rows([(run.engine.rank, text) for text in failures]))
     if ranks:
         alone = run.engine.world_size == 1
-        raise ValueError(_message([text if alone else f"{_ranks(who)}: {text}" for text, who in ranks.items()]))
+        raise ValueError(_message([text if alone else f"{who}: {text}" for text, who in ranks.items()]))
 
 
 def _message(failures: list[str]) -> str:
     return "\n- ".join(["the start-up self-check failed (run.self_check=false switches it off):", *failures])
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {', '.join(map(str, ranks))}"
+def _ranks_by_text(texts: Iterable[tuple[int, str]]) -> dict[str, str]:
+    """Who has each text: `rank 0, 2`."""
+    ranks = defaultdict(list)
+    for rank, text in texts:
+        ranks[text].append(str(rank))
+    return {text: f"rank {', '.join(who)}" for text, who in ranks.items()}
 
 
 def _hash(text: str) -> str:

@@ -12,26 +12,26 @@ from transformers import AutoConfig, AutoTokenizer
 import config
 import train_grpo
 from preflight.costs import Case, Launch, read_launch
-from preflight.dryrun import Speed
+from preflight.dryrun import Device, meta_policy
 from preflight.lengths import Length, RoughTokenizer
-from records.record import Sample
 
 ACCELERATE = REPO / "configs" / "accelerate"
 MODEL_3B = REPO / "configs" / "models" / "Qwen" / "Qwen2.5-VL-3B-Instruct"
 N = 3_754_622_976  # parameters of the published Qwen2.5-VL-3B
-LENGTH = Length(Sample("x", "tvg", "", ""), 10, (2, 8, 8), 32, 8, 0)
+LENGTH = Length(10, (2, 8, 8), 32, 8, 0)
+DEVICE = Device(1e12, 1e12, 1e-5, "cuda", (8, 0))
 PATCHES = 2 * 8 * 8 * 1176 * 4  # bytes of its video: float32, 3 x 2 x 14 x 14 numbers a patch
 
 
 def recipe(launch: Launch, *overrides: str) -> Case:
     cfg = config.load(config.GrpoConfig, [str(REPO / "configs/grpo_qwen2_5_vl_3b_charades.yaml")], list(overrides))
-    model = AutoConfig.from_pretrained(MODEL_3B)
-    return Case(cfg, launch, model, RoughTokenizer(151665), LENGTH, 16, 16, Speed(1e12, 1e12, 1e-5), "cuda")
+    policy = meta_policy(cfg.model, AutoConfig.from_pretrained(MODEL_3B), RoughTokenizer(151665))
+    return Case(cfg, launch, policy, LENGTH, 16, 16, DEVICE)
 
 
 def tiny_case(world, cfg, launch: Launch | None = None) -> Case:
-    model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoConfig, AutoTokenizer))
-    return Case(cfg, launch or Launch(), model, tokenizer, LENGTH, 6, 6, Speed(1e12, 1e12, 1e-5), "cuda")
+    policy = meta_policy(cfg.model, *(kind.from_pretrained(world / "model") for kind in (AutoConfig, AutoTokenizer)))
+    return Case(cfg, launch or Launch(), policy, LENGTH, 6, 6, DEVICE)
 
 
 def test_the_3b_model_has_the_published_number_of_parameters():
@@ -93,7 +93,7 @@ def test_decoding_runs_until_the_longest_ends(world, tmp_path):
     """
     cfg = make_cfg(world, tmp_path, "rollout.max_new_tokens=64")
     short, tail, long = (
-        replace(tiny_case(world, cfg), num_new=mean, num_decoded=longest).run[0]
+        replace(tiny_case(world, cfg), num_new=mean, num_decoded=longest).run.phases
         for mean, longest in ((16, 16), (16, 64), (64, 64))
     )
     assert tail["decode"].seconds == pytest.approx(4 * short["decode"].seconds, rel=1e-3)
@@ -141,14 +141,14 @@ def test_a_phase_adds_to_what_is_held_meanwhile(world, tmp_path):
     """Gradients are there once the second micro-batch begins, and under ZeRO-3 always; sampling has whole weights."""
     cfg = make_cfg(world, tmp_path, "data.micro_batch_size=2", "model.freeze_vision=false", "loss.beta=0.1")
     case = tiny_case(world, cfg)
-    held, phases = case.resident, case.run[0]
+    held, phases = case.resident, case.run.phases
     still = held["weights"] + held["reference"] + held["optimizer"]
     assert case.totals["decode"] == still + phases["decode"].peak
     assert case.totals["backward"] == still + held["gradients"] + phases["backward"].peak
     sharded = tiny_case(world, cfg, Launch(2, 3))
     held, whole = sharded.resident, sum(p.nbytes for p in sharded.policy.parameters())
-    assert sharded.totals["decode"] == sum(held.values()) + whole + sharded.run[0]["decode"].peak
-    assert sharded.totals["backward"] == sum(held.values()) + sharded.run[0]["backward"].peak
+    assert sharded.totals["decode"] == sum(held.values()) + whole + sharded.run.phases["decode"].peak
+    assert sharded.totals["backward"] == sum(held.values()) + sharded.run.phases["backward"].peak
     assert case.peak == max(case.totals.items(), key=lambda item: item[1])
 
 
@@ -163,9 +163,9 @@ def test_gradients_of_a_single_micro_batch_come_as_activations_go(world, tmp_pat
     held = case.resident
     assert (
         case.totals["backward"]
-        == held["weights"] + held["optimizer"] + case.run[0]["backward"].peak + held["reference"]
+        == held["weights"] + held["optimizer"] + case.run.phases["backward"].peak + held["reference"]
     )
-    assert case.run[0]["backward"].peak > held["gradients"]
+    assert case.run.phases["backward"].peak > held["gradients"]
 
 
 def test_repeats_count_for_flops_and_not_for_memory(world, tmp_path):
@@ -178,13 +178,13 @@ def test_repeats_count_for_flops_and_not_for_memory(world, tmp_path):
         for n in (4, 1)
     )
     for name in ("decode", "forward", "head", "backward"):
-        a, b = whole.run[0][name], cut.run[0][name]
+        a, b = whole.run.phases[name], cut.run.phases[name]
         assert a.flops == pytest.approx(b.flops, rel=0.01), name
         assert a.peak - 4 * PATCHES > 1.5 * (b.peak - 4 * PATCHES), name
     mu = tiny_case(world, make_cfg(world, tmp_path, "loss.updates_per_rollout=3", "loss.beta=0.1"))
     one = tiny_case(world, make_cfg(world, tmp_path, "loss.beta=0.1"))
-    assert mu.run[0]["backward"].flops == pytest.approx(3 * one.run[0]["backward"].flops)
-    assert mu.run[0]["reference"].flops == pytest.approx(one.run[0]["reference"].flops)
+    assert mu.run.phases["backward"].flops == pytest.approx(3 * one.run.phases["backward"].flops)
+    assert mu.run.phases["reference"].flops == pytest.approx(one.run.phases["reference"].flops)
 
 
 def test_flops_of_the_update_are_three_forwards(world, tmp_path):
@@ -192,38 +192,40 @@ def test_flops_of_the_update_are_three_forwards(world, tmp_path):
     case = tiny_case(world, make_cfg(world, tmp_path))
     layers = sum(p.numel() for name, p in case.policy.model.model.language_model.named_parameters() if "layers" in name)
     num_tokens = 4 * (LENGTH.prompt + 4 * 6)  # 4 videos, 4 completions of 6
-    assert case.run[0]["forward"].flops == pytest.approx(2 * layers * num_tokens, rel=0.1)
-    assert case.run[0]["backward"].flops == pytest.approx(2 * case.run[0]["forward"].flops, rel=0.1)
-    again = tiny_case(world, make_cfg(world, tmp_path, "model.gradient_checkpointing=true")).run[0]
-    assert again["backward"].flops == pytest.approx(3 * case.run[0]["forward"].flops, rel=0.1)
-    assert again["head"].held < case.run[0]["head"].held / 3
+    assert case.run.phases["forward"].flops == pytest.approx(2 * layers * num_tokens, rel=0.1)
+    assert case.run.phases["backward"].flops == pytest.approx(2 * case.run.phases["forward"].flops, rel=0.1)
+    again = tiny_case(world, make_cfg(world, tmp_path, "model.gradient_checkpointing=true")).run.phases
+    assert again["backward"].flops == pytest.approx(3 * case.run.phases["forward"].flops, rel=0.1)
+    assert again["head"].held < case.run.phases["head"].held / 3
 
 
 def test_supervised_tuning_samples_nothing(world, tmp_path):
-    phases, cache = tiny_case(world, sft_cfg(world, tmp_path)).run
-    assert list(phases) == ["forward", "head", "backward", "optimizer"] and cache == 0
+    run = tiny_case(world, sft_cfg(world, tmp_path)).run
+    assert list(run.phases) == ["forward", "head", "backward", "optimizer"] and run.cache == 0
 
 
 def test_validation_is_a_phase_of_its_own(world, tmp_path):
     """Its batch is not that of a step: 32 prompts at a time can take more than training."""
     few, many = (
-        tiny_case(world, make_cfg(world, tmp_path, "data.validation=x", f"eval.batch_size={n}")).run[0]["validation"]
+        tiny_case(world, make_cfg(world, tmp_path, "data.validation=x", f"eval.batch_size={n}")).run.phases[
+            "validation"
+        ]
         for n in (2, 32)
     )
     assert many.peak > 8 * few.peak and many.flops == 0
-    assert "validation" not in tiny_case(world, make_cfg(world, tmp_path)).run[0]
+    assert "validation" not in tiny_case(world, make_cfg(world, tmp_path)).run.phases
 
 
 @pytest.mark.parametrize("refills", [0, 2])
 def test_the_patches_of_a_step_are_held_from_its_first_phase_to_its_last(world, tmp_path, refills):
     """Of 4 videos, and of as many in every round of refilling; the tower's batch of the first round is a copy."""
     words = (f"group.max_refills={refills}", "loss.beta=0.1", "data.validation=x", "eval.batch_size=2")
-    phases = tiny_case(world, make_cfg(world, tmp_path, *words)).run[0]
+    phases = tiny_case(world, make_cfg(world, tmp_path, *words)).run.phases
     step = 4 * (1 + refills) * PATCHES
     assert phases["vision"].held == phases["validation"].held == phases["optimizer"].held == step
     assert phases["vision"].peak > step + 4 * PATCHES and phases["validation"].peak > step + 2 * 2 * PATCHES
     assert all(phase.peak > step and phase.held >= step for phase in phases.values())
-    tuned = tiny_case(world, sft_cfg(world, tmp_path)).run[0]
+    tuned = tiny_case(world, sft_cfg(world, tmp_path)).run.phases
     assert tuned["forward"].held == 4 * PATCHES and all(phase.held >= 4 * PATCHES for phase in tuned.values())
 
 

@@ -8,6 +8,7 @@ from conftest import PROMPT, make_policy, make_prompts
 from transformers import AutoTokenizer
 
 import config
+from preflight import lengths
 from preflight.lengths import RoughTokenizer, measure, plan_videos
 from prompts import PromptBuilder
 from records import manifest as manifest_io
@@ -119,8 +120,8 @@ def test_most_files_are_not_opened(world, monkeypatch):
     """A few headers tell the size of the others, whose length is the record's."""
     samples = read_samples(str(world / "tvg_train.yaml"))
     opened, real = [], readers.probe
-    monkeypatch.setattr(readers, "MOST_PROBED", 5)
-    monkeypatch.setattr(readers, "probe", lambda *file: opened.append(file) or real(*file))
+    monkeypatch.setattr(lengths, "MOST_PROBED", 5)
+    monkeypatch.setattr(lengths, "probe", lambda *file: opened.append(file) or real(*file))
     plans, source = plan_videos(samples, config.VideoConfig(), read_geometry(str(world / "model")))
     assert 1 <= len(opened) <= 5 and all(plans)
     assert "by their files' headers; " in source and "the commonest of those" in source

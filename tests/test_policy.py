@@ -15,7 +15,7 @@ import config
 from model.folder import save_model
 from model.positions import rope_positions
 from policy import load_policy, pack, packed_logps, prompt_positions
-from preflight.dryrun import META, Call, DryRun, Speed, meta_policy, score, update
+from preflight.dryrun import META, Call, Device, DryRun, meta_policy, score, update
 from prompts import make_builder, time_step
 from records.files import read_samples
 from video import frames
@@ -189,10 +189,10 @@ def test_a_step_sends_frames_to_the_device_once_and_as_bytes(world, tmp_path, mo
     monkeypatch.setattr(frames, "patchify", lambda x, geometry: made.append(x.device) or patchify(x, geometry))
     cfg = make_cfg(world, tmp_path, "model.freeze_vision=false")
     model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoConfig, AutoTokenizer))
-    policy, reference = (meta_policy(cfg.model, model, tokenizer, 1.0) for _ in range(2))
+    policy, reference = (meta_policy(cfg.model, model, tokenizer) for _ in range(2))
     builder = make_builder(cfg, tokenizer, META)
     decoded = [(sample, builder.decode(sample)) for sample in read_samples(cfg.data.train)[:3]]
-    with Copies() as copies, DryRun(Speed(1e12, 1e12, 1e-5)) as run:
+    with Copies() as copies, DryRun(Device(1e12, 1e12, 1e-5)) as run:
         prompts = [builder.prompt(*pair) for pair in decoded]
         policy.embed_each(prompts)
         score(run, reference, Call(prompts, (), 2, 3, 1))

@@ -21,7 +21,7 @@ import train_grpo
 import train_sft
 from data import make_workers
 from model import attention
-from model import positions as policy_file
+from model.positions import rope_positions
 from policy import Policy, load_policy
 from preflight import selfcheck
 from prompts import make_builder
@@ -188,13 +188,12 @@ def test_the_positions_of_newer_transformers_are_refused(world, tmp_path, family
 
     def newer(segments, merge_size, tokens_per_second):
         before, (t, h, w, _), after = segments
-        positions, _ = released(segments, merge_size, tokens_per_second)
+        positions, _ = rope_positions(segments, merge_size, tokens_per_second)
         start = before + max(h, w) // merge_size
         positions[:, before + t * h * w // merge_size**2 :] = start + torch.arange(after)
         return positions, start + after
 
-    released = policy_file.rope_positions
-    monkeypatch.setattr(policy_file, "rope_positions", newer)
+    monkeypatch.setattr("policy.rope_positions", newer)
     (text,) = failures(world, tmp_path, make_policy(world, family))
     assert text.startswith("rotary positions: ") and "text at 4; " in text
 
