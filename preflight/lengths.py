@@ -110,7 +110,7 @@ def plan_videos(
 
 
 def _plan_one(
-    sample: Sample, line: dict | None, header: Header | None, usual: tuple, spec: VideoSpec, geometry: Geometry
+    sample: Sample, line: dict | None, header: Header | None, usual: tuple, spec: VideoConfig, geometry: Geometry
 ) -> tuple[str, VideoPlan | None]:
     """Where a video's size is known from, and its plan."""
     if line is not None:
