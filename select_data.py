@@ -38,11 +38,12 @@ import yaml
 from tqdm import tqdm
 
 import config
-from data import NUM_LISTED, make_workers, read_ahead
+from data import NUM_LISTED, PromptReader, check_readable, make_reader
 from model.folder import weights_hash
 from policy import Policy, load_policy
 from preflight.selfcheck import check_model, check_ranks
-from prompts import Prompt, PromptBuilder, make_builder
+from prompts import Prompt
+from records import jsonl
 from records.files import read_samples
 from records.record import Sample, to_record
 from reward_functions import RewardFunction, failures_in, load_functions, score_all
@@ -51,15 +52,12 @@ from rollout import generate
 from runtime.checkpoint import write_text
 from runtime.environment import code_hash, environment
 from runtime.resumable import DoneBatches, cut, remove_lines
-from runtime.run import UNUSED, Run, config_differences
+from runtime.run import MAY_CHANGE, UNUSED, Run, config_differences
 from runtime.signals import interruptible
 from selection.rules import Item, check_kept, choose, counts_by_stratum, plot, reason, table
-from selection.scores import SCORES, check_readable, head_of, lines_of, origin, read_scores
+from selection.scores import SCORES, head_of, origin, read_scores
 from video.readers import VideoError
-from video.workers import Workers
 
-MAY_CHANGE = {"run.dir", *(f"data.{key}" for key in ("workers", "decode_timeout", "max_bad_share", "cache_dir"))}
-MAY_CHANGE |= {"data.cache_gib", "run.self_check"}
 STEP = -1  # of the seeds: no step of training, whose first would draw the very same responses
 
 
@@ -71,7 +69,8 @@ class SelectRun(Run):
         used = self.dir.exists() and {e.name for e in self.dir.iterdir() if e.suffix != ".tmp"} - UNUSED
         if path.is_file() and used:
             differing = config_differences(path, config_yaml)
-            differing = {k: v for k, v in differing.items() if k not in MAY_CHANGE and not k.startswith("select.")}
+            free = MAY_CHANGE | {"run.dir"}
+            differing = {k: v for k, v in differing.items() if k not in free and not k.startswith("select.")}
             if differing:
                 raise ValueError(
                     f"{path} differs in {', '.join(differing.values())}: give another run.dir (there select.scores="
@@ -89,14 +88,13 @@ class SelectRun(Run):
 def score_batches(
     policy: Policy,
     batches: Sequence[Sequence[Sample]],
-    builder: PromptBuilder,
-    workers: Workers,
+    reader: PromptReader,
     functions: Sequence[RewardFunction],
     cfg: SelectConfig,
 ) -> Iterator[list[dict]]:
     """The rows of each batch; videos of the next ones are decoded meanwhile."""
     samples = [sample for batch in batches for sample in batch]
-    loaded = read_ahead(samples, builder, workers, cfg.rollout.micro_batch_size + 2 * workers.num)
+    loaded = reader.ahead(samples, cfg.rollout.micro_batch_size + 2 * reader.workers.num)
     for batch in batches:
         yield _score_batch(policy, batch, islice(loaded, len(batch)), functions, cfg)
 
@@ -157,28 +155,32 @@ def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> Non
         check_ranks(policy, samples, cfg, run)
         by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
         scores = DoneBatches(run, "scores", cut(samples, cfg.rollout.micro_batch_size), head_of, by)
-        builder = make_builder(cfg, policy.tokenizer, policy.device)
-    done: list[dict] = []
+        reader = make_reader(cfg, policy.tokenizer, policy.device)
+    bad: list[str] = []
     shares: Counter[str] = Counter()
-    with make_workers(builder, cfg.data) as workers, run.engine.phase("scores"), failures_in(run.dir):
+    with reader.workers, run.engine.phase("scores"), failures_in(run.dir):
         with user_errors():
-            check_model(policy, None, samples, builder, workers, cfg, run)
+            check_model(policy, None, samples, reader, cfg, run)
         batches = [scores.batches[number] for number in scores.mine]
-        scored = score_batches(policy, batches, builder, workers, functions, cfg)
+        scored = score_batches(policy, batches, reader, functions, cfg)
         bar = tqdm(scored, "select", len(batches), unit="batch", disable=not run.is_main)
         for number, rows in zip(scores.mine, bar, strict=True):
             with user_errors():
                 scores.add(number, rows)
-            done += rows
+            bad += unreadable(rows)
             shares.update(reason(Item.of(row), cfg.select) or "passed" for row in rows)
             told = " ".join(f"{name} {num / shares.total():.0%}" for name, num in shares.most_common())
             bar.set_postfix_str(told, refresh=False)
-            with user_errors():
-                check_readable(done, len(samples), cfg.data.max_bad_share)
+            check_readable(bad, len(bad), len(samples), cfg.data.max_bad_share)
     rows = scores.gather()
+    bad = unreadable(rows)
+    check_readable(bad, len(bad), len(rows), cfg.data.max_bad_share)
     with user_errors():
-        check_readable(rows, len(rows), cfg.data.max_bad_share)
-        run.engine.raise_together(lambda: write_text(run.dir / SCORES, lines_of(rows)))
+        run.engine.raise_together(lambda: jsonl.write(run.dir / SCORES, rows))
+
+
+def unreadable(rows: Sequence[dict]) -> list[str]:
+    return [f"{row['id']}, {row['error']}" for row in rows if "error" in row]
 
 
 def apply_rule(samples: Sequence[Sample], path: Path, cfg: SelectConfig, folder: Path) -> None:
@@ -192,11 +194,11 @@ def apply_rule(samples: Sequence[Sample], path: Path, cfg: SelectConfig, folder:
     print("\n".join(table(counts)))
     for item in [item for item in items if item.error][:NUM_LISTED]:
         print(f"unreadable: {item.id}: {item.error}")
-    write_text(folder / "rejected.jsonl", lines_of([rejected(item, why) for item, why in zip(items, reasons) if why]))
+    jsonl.write(folder / "rejected.jsonl", [rejected(item, why) for item, why in zip(items, reasons) if why])
     plot(items, reasons, cfg.select, folder / "histogram.png")
     check_kept(reasons, cfg.select)
     kept = [(sample, item) for sample, item, why in zip(samples, items, reasons) if not why]
-    write_text(folder / "selected.jsonl", lines_of([selected(*pair) for pair in kept]))
+    jsonl.write(folder / "selected.jsonl", [selected(*pair) for pair in kept])
     summary = {"select": dataclasses.asdict(cfg.select), "scores": cfg.select.scores or SCORES, "spec": spec}
     summary |= {"counts": counts, "responses": responses(rows)}
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -126,7 +126,7 @@ def plan(
     samples = read_samples(
         data.train, data.out_of_clip, cfg.run.seed, data.manifest, need_videos=False, chat=not is_grpo
     )
-    lengths, source = measure(samples, _builder(cfg, model, tokenizer), data.manifest, target_text)
+    lengths, source = _measure(samples, cfg, model, tokenizer, target_text)
     speed = Speed(assumed.tflops * 1e12, assumed.bandwidth * 1e12, assumed.launch_us * 1e-6)
     tokens, mean, longest = _tokens(lengths, cfg, assumed)
     capability = divmod(round(10 * assumed.capability), 10)
@@ -174,10 +174,11 @@ def _choose_launch(cfg: GrpoConfig | SftConfig, file: str) -> tuple[Launch, list
     return launch, notes
 
 
-def _builder(cfg: GrpoConfig | SftConfig, model, tokenizer) -> PromptBuilder:
+def _measure(samples: Sequence, cfg: GrpoConfig | SftConfig, model, tokenizer, target_text=None) -> tuple[list, str]:
     vision = model.vision_config
     geometry = Geometry(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, (), ())
-    return PromptBuilder(tokenizer, geometry, cfg.video, cfg.prompt, None)
+    builder = PromptBuilder(tokenizer, cfg.prompt)
+    return measure(samples, builder, cfg.video, geometry, cfg.data.manifest, target_text)
 
 
 def _tokens(lengths: Sequence[Length], cfg: GrpoConfig | SftConfig, assumed: PlanConfig) -> tuple[dict, tuple, tuple]:
@@ -249,8 +250,8 @@ def _phase_knobs(case: Case, phase: str) -> Iterator[tuple[str, Case]]:
             if key == "rollout.max_new_tokens":
                 changed = replace(changed, num_new=half, num_decoded=half)
             if key == "video.total_pixels":
-                builder = _builder(changed.cfg, case.model, case.tokenizer)
-                changed = replace(changed, length=measure([case.length.sample], builder, cfg.data.manifest)[0][0])
+                (length,), _ = _measure([case.length.sample], changed.cfg, case.model, case.tokenizer)
+                changed = replace(changed, length=length)
             yield f"{key}={half}", changed
 
 

@@ -235,6 +235,15 @@ def _choose(
     return places, shown_at, float(targets[-1] - targets[0]) / (frames - 1)
 
 
+def seen_step(second_per_grid: float, rule: str) -> float:
+    """Seconds between two time steps of a video as the rotary positions see them.
+
+    `exact` is the truth. `whole_seconds` rounds down, as transformers 4.50 to 5.2 did by a cast to the index's integer
+    type (QwenLM/Qwen3-VL#1282): a step below 1 s then puts all frames at one position. Only for reproducing results.
+    """
+    return second_per_grid if rule == "exact" else float(int(second_per_grid))
+
+
 def plan_file(header: Header, spec: VideoSpec, geometry: Geometry, clip: Clip | None = None) -> VideoPlan:
     """`plan` of what a file says about itself."""
     size = header.height, header.width

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from video.budget import Clip, Geometry, VideoSpec, check_size, plan_file
+from video.budget import Clip, Geometry, VideoSpec, check_size, plan_file, seen_step
 from video.cache import FrameCache, file_key
 from video.readers import Header, VideoError, decodable, probe, read_av, read_decord, read_folder
 
@@ -136,13 +136,13 @@ def decode_video(
     return Frames(*stored[:2], float(stored[2]), int(stored[3]))
 
 
-def to_video(frames: Frames, geometry: Geometry, device: torch.device | str = "cpu") -> Video:
+def to_video(frames: Frames, geometry: Geometry, device: torch.device | str = "cpu", time_step: str = "exact") -> Video:
     """Patches and grid of decoded frames, which go to `device` as they are: their patches are four times as large."""
     num_frames, _, h, w = frames.frames.shape
     grid_thw = (num_frames // geometry.temporal_patch_size, h // geometry.patch_size, w // geometry.patch_size)
     patches = patchify(torch.from_numpy(frames.frames).to(device), geometry)
-    num_tokens = geometry.num_tokens(grid_thw)
-    return Video(patches, grid_thw, frames.second_per_grid, frames.times.tolist(), num_tokens, frames.frames_cut)
+    seconds, num_tokens = seen_step(frames.second_per_grid, time_step), geometry.num_tokens(grid_thw)
+    return Video(patches, grid_thw, seconds, frames.times.tolist(), num_tokens, frames.frames_cut)
 
 
 def load_video(
