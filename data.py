@@ -205,18 +205,21 @@ def make_reader(cfg, tokenizer, device) -> PromptReader:
 
 
 def check_readable(
-    bad: Sequence[str], num_bad: int, num: int, limit: float, see: str = "", stuck: bool = False
+    bad: Sequence[dict], num_bad: int, num: int, limit: float, see: str = "", stuck: bool = False
 ) -> None:
-    """End the command when more than `limit` (data.max_bad_share) of `num` samples could not be read, as `bad` tells.
+    """End the command when more than `limit` (data.max_bad_share) of `num` samples could not be read.
 
-    It also ends where the loader is `stuck`, without a sample to stand in. `see` says where all are listed.
+    It also ends where the loader is `stuck`, without a sample to stand in. `bad` are rows with an `id` and an `error`,
+    of which the first are named, and `see` says where all are listed.
     """
     why = f"more than data.max_bad_share={limit:g} of them"
     if stuck:
         why = f"and nothing was left to stand in for one of them ({MOST_ATTEMPTS} samples are tried)"
     if stuck or num_bad > limit * max(num, LEAST_ASKED):
-        first = f"the first: {'; '.join(bad[:NUM_LISTED])}"
-        raise SystemExit(f"error: {num_bad} of the {num} samples asked for could not be read, {why}{see}; {first}")
+        first = "; ".join(f"{row['id']}, {row['error']}" for row in bad[:NUM_LISTED])
+        raise SystemExit(
+            f"error: {num_bad} of the {num} samples asked for could not be read, {why}{see}; the first: {first}"
+        )
 
 
 # ---- the loader ----------------------------------------------------------------------------------------------------
@@ -355,7 +358,7 @@ class Loader:
                 tqdm.write(f"further ones are only listed, in {self.run.dir / BAD_SAMPLES}", file=sys.stderr)
 
     def _check(self, stuck: bool) -> None:
-        bad = [f"{row['id']}, {row['path']}: {row['reason']}" for row in self.bad.values()]
+        bad = [{"id": row["id"], "error": f"{row['path']}: {row['reason']}"} for row in self.bad.values()]
         see = f"; {self.run.dir / BAD_SAMPLES} lists them all"
         num_bad, num_asked = self.state["num_bad"], self.state["num_asked"]
         check_readable(bad, num_bad, num_asked, self.cfg.data.max_bad_share, see, stuck)

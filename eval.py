@@ -132,7 +132,7 @@ def _answer_all(answered: DoneBatches, policy: Policy, reader: PromptReader, cfg
             rows = [row | answered.head(sample) for row, sample in zip(rows, answered.batches[number], strict=True)]
             with user_errors():
                 answered.add(number, rows)
-            bad += [f"{row['id']}, {row['error']}" for row in rows if "error" in row]
+            bad += [row for row in rows if "error" in row]
             check_readable(bad, len(bad), len(samples), cfg.data.max_bad_share)
             for row in rows:
                 value = sample_values(row, cfg.eval.answer)[MAIN_METRIC[row["task"]]]

@@ -1,9 +1,8 @@
 """What is known about each record and its video: found out by `python data.py check`, used through `data.manifest`.
 
-Not a reader of records (data.py) and not a second opinion on a file: video/frames.py says what is wrong with one. A
-manifest is JSON lines, one per record: `row` (file:row), `id`, `path`, `ok`, `reason` (why not ok), `warning`, what the file
-says (`frames`, `duration` in seconds, `fps` on average, `vfr`: frames are not evenly spaced, `width`, `height`,
-`rotation` in degrees, `first_time` in seconds, `codec`), and its `size` and `mtime` (ns), which tell a later change.
+A manifest is JSON lines, one per record: `row` (file:row), `id`, `path`, `ok`, `reason` (why not ok), `warning`, what
+the file says (`frames`, `duration` in seconds, `fps` on average, `vfr`: frames are not evenly spaced, `width`,
+`height`, `rotation` in degrees, `first_time` in seconds, `codec`), and its `size` and `mtime` (ns).
 """
 
 import os

@@ -1,7 +1,7 @@
 """Files of scores: what is written as items are scored, what a finished file may hold, and what it was made with.
 
-Not a judge of items (selection/rules.py). A row has `id`, `task`, `source` and either `rewards`, one of each response
-from 0 to 1, or the `error` of its video; what else select_data.py writes into one is for people. Nothing to run.
+A row has `id`, `task`, `source` and either `rewards`, one of each response from 0 to 1, or the `error` of its video.
+What else select_data.py writes into one is for people.
 """
 
 import hashlib
@@ -86,9 +86,8 @@ def origin(path: Path, config_yaml: str, allowed: Sequence[str]) -> dict[str, An
         print(f"{path}: no config.yaml beside it, so nobody knows which model and video specification made it")
         return {}
     differing = config_differences(beside, config_yaml)
-    keys = [key for key in differing if key.partition(".")[0] in MADE_WITH]
-    free = {"rollout.group_size", "rollout.micro_batch_size"}
-    keys = [key for key in keys if key not in free and not {key, key.partition(".")[0]} & set(allowed)]
+    free, sections = {"rollout.group_size", "rollout.micro_batch_size", *allowed}, set(MADE_WITH) - set(allowed)
+    keys = [key for key in differing if key not in free and key.partition(".")[0] in sections]
     if keys:
         raise ValueError(
             f"{path} was made with another {', '.join(differing[key] for key in keys)}; "

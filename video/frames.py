@@ -1,7 +1,6 @@
-"""A video to Qwen2-VL patches: plan frames and size within a token budget, decode, resize, patchify.
+"""A file to Qwen2-VL patches: read its header, plan frames and size (budget.py), decode, resize, patchify.
 
-Not a reader of files (video/readers.py): no audio, no text, no model. Nothing to run; `load_video` is the whole way,
-`decode_video` its expensive half, `to_video` the other, and `check_video` says what is wrong with a file.
+`decode_video` is the expensive half of the way and `to_video` the other. `check_video` says what is wrong with a file.
 """
 
 import os
@@ -143,19 +142,6 @@ def to_video(frames: Frames, geometry: Geometry, device: torch.device | str = "c
     patches = patchify(torch.from_numpy(frames.frames).to(device), geometry)
     seconds, num_tokens = seen_step(frames.second_per_grid, time_step), geometry.num_tokens(grid_thw)
     return Video(patches, grid_thw, seconds, frames.times.tolist(), num_tokens, frames.frames_cut)
-
-
-def load_video(
-    path: str | os.PathLike,
-    spec: VideoSpec,
-    geometry: Geometry,
-    clip: Clip | None = None,
-    cache: FrameCache | None = None,
-    fps: float | None = None,
-    device: torch.device | str = "cpu",
-) -> Video:
-    """Patches of a video: `decode_video`, then `to_video`."""
-    return to_video(decode_video(path, spec, geometry, clip, fps, cache), geometry, device)
 
 
 def check_video(path: str | os.PathLike, fps: float | None = None) -> dict[str, str | bool | int | float | None]:
