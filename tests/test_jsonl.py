@@ -30,7 +30,7 @@ def test_a_bad_row_is_named(tmp_path, line, reason):
     with pytest.raises(ValueError) as error:
         list(jsonl.read(path))
     assert str(error.value).startswith(f"{path}:3: {reason}") and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="^row 3: "):
+    with pytest.raises(ValueError, match=r"^row 3: "):
         list(jsonl.read(path, "row "))
 
 
