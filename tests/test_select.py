@@ -180,9 +180,10 @@ def test_parse_failures_are_answers_that_cannot_be_read():
 KILLED = """
 import os, signal, sys
 import select_data
+from records import jsonl
 from runtime.resumable import DoneBatches
 places, argv = sys.argv[1].split(","), sys.argv[2:]
-add, write_text, num = DoneBatches.add, select_data.write_text, 0
+add, write_text, num = DoneBatches.add, jsonl.write_text, 0
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 def killed_add(self, number, rows):
@@ -202,7 +203,7 @@ def killed_write(path, text):
     write_text(path, text)
     if where == "merged" and path.name == "scores.jsonl":
         die()
-DoneBatches.add, select_data.write_text = killed_add, killed_write
+DoneBatches.add, jsonl.write_text = killed_add, killed_write
 for where in places:
     if os.fork() == 0:
         select_data.main(argv)
