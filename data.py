@@ -224,7 +224,6 @@ def check_readable(
 
 # ---- the loader ----------------------------------------------------------------------------------------------------
 
-
 Started = dict[int, tuple[Sample, Call | None]]  # by place in the round: what is being decoded
 
 
@@ -277,7 +276,7 @@ class Loader:
         return self._load(step, 0, wanted, [], started)
 
     def peek(self, step: int) -> list[Sample]:
-        """The samples of step `step`, then all others, without those that could not be read; nothing is counted."""
+        """The samples of step `step`, then all others, without those that could not be read. Nothing is counted."""
         coming = [self.samples[index] for index in self.order.indices(step)]
         return [sample for sample in coming + self.samples if sample.id not in self.bad]
 
