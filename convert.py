@@ -1,7 +1,6 @@
 """Public annotations to our records: one command for every benchmark and training set, and a report of every row.
 
-Not a reader of single rows (records/sources.py), not a downloader, and it opens no video: `python data.py check`
-does, later.
+It opens no video: `python data.py check` does, later.
 
     python convert.py charades_sta --annotations charades_sta_test.txt --durations charades.json --out charades.jsonl
     python convert.py mvbench --annotations MVBench/json --out mvbench.jsonl
@@ -18,7 +17,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from records import sources
+from records import jsonl, sources
 from records.record import BadRecord, reason_kind, refuse_parquet, to_sample
 from records.sources import KINDS, NUMBER, Excluded, File
+from runtime.checkpoint import write_text
 
 ROUNDING_S = 0.001  # published times are rounded: a span may leave its video by this much
 EXPORT = "python -c \"from datasets import load_dataset; load_dataset(REPO, split='test').to_json('test.jsonl')\""
@@ -53,9 +52,9 @@ def read_text(path: Path) -> str:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from None
+        return jsonl.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def read_object(path: Path) -> dict:
@@ -166,8 +165,7 @@ def repair_span(span: Any, duration: float) -> tuple[Any, list[str]]:
     >>> repair_span([24.3, 31.0], 30.5), repair_span([5.0, -0.1], 30.5), repair_span([1.0, 30.5000001], 30.5)
     (([24.3, 30.5], ['clamped_end']), ([0.0, 5.0], ['swapped', 'clamped_start']), ([1.0, 30.5], []))
     """
-    numbers = isinstance(span, list) and len(span) == 2 and all(type(time) in NUMBER for time in span)
-    if not numbers or type(duration) not in NUMBER:
+    if not isinstance(span, list) or len(span) != 2 or any(type(x) not in NUMBER for x in (*span, duration)):
         return span, []
     (start, end), rules = span, []
     if start == end:
@@ -199,29 +197,23 @@ class Report:
     excluded: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason: rows
 
     def content(self) -> dict:
-        groups = {"rejected": self.rejected, "excluded": self.excluded}
-        counted = {
-            kind: {
-                "rows": sum(map(len, by.values())),
-                "reasons": {k: {"rows": len(v), "where": v} for k, v in by.items()},
-            }
-            for kind, by in groups.items()
-        }
-        repaired = {"rows": len(self.repaired), "rules": dict(self.rules), "where": self.repaired}
-        counts = {"read": self.read, "kept": self.kept, "repaired": repaired} | counted
-        return {"source": self.source, "files": self.files} | counts
+        content = {"source": self.source, "files": self.files, "read": self.read, "kept": self.kept}
+        content["repaired"] = {"rows": len(self.repaired), "rules": dict(self.rules), "where": self.repaired}
+        for kind, by in (("rejected", self.rejected), ("excluded", self.excluded)):
+            reasons = {reason: {"rows": len(rows), "where": rows} for reason, rows in by.items()}
+            content[kind] = {"rows": sum(map(len, by.values())), "reasons": reasons}
+        return content
 
     def lines(self) -> Iterator[str]:
-        content = self.content()
-        counts = (f"{content[kind]['rows']} {kind}" for kind in ("rejected", "excluded"))
-        yield f"{self.read} rows read, {self.kept} kept ({len(self.repaired)} of them repaired), {', '.join(counts)}"
+        num_rejected, num_excluded = (sum(map(len, by.values())) for by in (self.rejected, self.excluded))
+        kept = f"{self.kept} kept ({len(self.repaired)} of them repaired)"
+        yield f"{self.read} rows read, {kept}, {num_rejected} rejected, {num_excluded} excluded"
         for rule, num in self.rules.most_common():
             yield f"{num:7d}  {rule}"
-        for kind in ("rejected", "excluded"):
-            for reason, what in content[kind]["reasons"].items():
-                rows = list(what["where"])
+        for kind, by in (("rejected", self.rejected), ("excluded", self.excluded)):
+            for reason, rows in by.items():
                 more = ", ..." if len(rows) > NUM_LISTED else ""
-                yield f"{len(rows):7d}  {kind}: {reason} ({', '.join(rows[:NUM_LISTED])}{more})"
+                yield f"{len(rows):7d}  {kind}: {reason} ({', '.join(list(rows)[:NUM_LISTED])}{more})"
 
 
 def make_record(name: str, raw: Any, file: File, repair: bool) -> tuple[dict, list[str], str]:
@@ -310,21 +302,11 @@ def annotation_files(given: Sequence[str]) -> list[Path]:
 
 
 def write(records: Sequence[dict], report: Report, out: Path) -> Path:
-    """Both files, or neither while one is half-written; returns the report's path."""
+    """Write both files, each whole or not at all; returns the report's path."""
     report_path = out.with_suffix(".report.json")
-    texts = {
-        out: "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
-        report_path: json.dumps(report.content(), indent=1, ensure_ascii=False) + "\n",
-    }
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for path, text in texts.items():
-            Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-        for path in texts:
-            os.replace(f"{path}.tmp", path)
-    finally:
-        for path in texts:
-            Path(f"{path}.tmp").unlink(missing_ok=True)
+    write_text(report_path, json.dumps(report.content(), indent=1, ensure_ascii=False) + "\n")
+    jsonl.write(out, records)
     return report_path
 
 
@@ -341,6 +323,8 @@ def run(args: argparse.Namespace) -> None:
             beside[option] = read(Path(value))
     if out.suffix != ".jsonl":
         raise ValueError(f"--out {out}: records are JSON lines, so the name must end in .jsonl")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder")
     if any(out.resolve() == path.resolve() for path in paths):
         raise ValueError(f"--out {out} is one of the annotation files")
     records, report = convert(args.source, paths, beside, repair=not args.no_repair)

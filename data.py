@@ -1,6 +1,7 @@
-"""Records to `Sample`s, a data order that is a pure function of (seed, step), and the check of records and their files.
+"""Which samples a step asks for, and their prompts, whose videos are decoded ahead in other processes.
 
-Not a DataLoader: what a step trains on is `samples[i] for i in batch_indices(...)`, so resuming needs no state.
+The order of the samples is a pure function of the seed and the step, so a resumed run needs no state for it. The rest
+of the file reads ahead, and gives a sample that cannot be read a stand-in. As a command it checks records and videos:
 
     python data.py check train.jsonl --videos DIR --manifest manifest.jsonl
     python data.py check train.yaml validation.yaml --manifest manifest.jsonl
@@ -19,44 +20,51 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from config import VideoConfig
 from prompts import Prompt, PromptBuilder
 from records.files import read_samples  # noqa: F401  (the public name)
 from records.record import Sample
-from video.frames import Frames
+from video.budget import Geometry, read_geometry
+from video.cache import FrameCache
+from video.frames import Frames, decode_video, to_video
 from video.readers import VideoError
 from video.workers import Call, CallFailed, Workers
 
+BAD_SAMPLES = "bad_samples.jsonl"
+LEAST_ASKED = 100  # a share of fewer samples than this says little: they count as so many
+MOST_ATTEMPTS = 20  # samples tried in one place until the run stops: the disk is gone
+NUM_PRINTED = 20  # bad samples named as they are found
+NUM_LISTED = 5  # and in the error that ends a run
+
+
+# ---- the order of the samples --------------------------------------------------------------------------------------
+
 
 def batch_indices(
-    num_samples: int,
-    batch_size: int,
-    step: int,
-    seed: int,
-    first_epoch: int = 0,
-    difficulty: np.ndarray | None = None,
-    order_of: Callable[[int], np.ndarray] | None = None,
+    num_samples: int, batch_size: int, step: int, seed: int, order_of: Callable[[int], np.ndarray] | None = None
 ) -> list[int]:
     """Indices of step `step` (from 0): every epoch has an order of its own, and batches run on across epochs.
 
-    Step 0 begins the epoch `first_epoch`. `order_of(epoch)` gives what `epoch_order` makes of the other arguments, for
-    a caller that keeps it: making it takes as long as there are samples.
+    `order_of(epoch)` is the order of an epoch, by default `epoch_order`.
 
     >>> sorted(batch_indices(4, 3, 0, seed=7) + batch_indices(4, 3, 1, seed=7)[:1])
     [0, 1, 2, 3]
-    >>> batch_indices(3, 4, 0, seed=7, difficulty=np.array([0.5, 0.9, 0.1]))
-    [2, 0, 1, 2]
     """
-    order_of = order_of or cache(partial(epoch_order, num_samples, seed, difficulty=difficulty))
+    order_of = order_of or cache(partial(epoch_order, num_samples, seed))
     places = (divmod(place, num_samples) for place in range(step * batch_size, (step + 1) * batch_size))
-    return [int(order_of(first_epoch + epoch)[place]) for epoch, place in places]
+    return [int(order_of(epoch)[place]) for epoch, place in places]
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, difficulty: np.ndarray | None = None) -> np.ndarray:
     """All indices in the order of an epoch: a permutation of its own.
 
     With the `difficulty` of each sample it goes from easy to hard, the permutation deciding between equals.
+
+    >>> epoch_order(3, seed=7, epoch=0, difficulty=np.array([0.5, 0.9, 0.1])).tolist()
+    [2, 0, 1]
     """
     order = np.random.default_rng((seed, epoch)).permutation(num_samples)
     return order if difficulty is None else order[np.argsort(difficulty[order], kind="stable")]
@@ -75,72 +83,25 @@ def difficulties(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def refill_indices(num_samples: int, taken: Sequence[int], count: int, step: int, refill: int, seed: int) -> list[int]:
-    """Up to `count` further indices for refill round `refill` (from 1) of a step, none of them in `taken`.
-
-    A pure function of its arguments, like `batch_indices`; drawn from the whole data set, whatever the epoch.
-    """
-    free = np.setdiff1d(np.arange(num_samples), np.asarray(taken))
-    return np.random.default_rng((seed, step, refill)).permutation(free)[:count].tolist()
+    """Up to `count` indices not in `taken`, for refill round `refill` (from 1) of a step, whatever the epoch."""
+    return _shuffled_rest(num_samples, taken, (seed, step, refill))[:count]
 
 
 def spare_indices(num_samples: int, taken: Sequence[int], step: int, refill: int, seed: int) -> list[int]:
-    """What stands in for samples that cannot be read, in this order: everything that the step has not `taken`.
+    """All indices not in `taken`, in the order in which they stand in for what a step's round cannot read."""
+    return _shuffled_rest(num_samples, taken, (seed, step, refill, 1))
 
-    A pure function of its arguments, like `batch_indices`; `refill` is 0 for a step's first round.
-    """
+
+def _shuffled_rest(num_samples: int, taken: Sequence[int], seed: tuple[int, ...]) -> list[int]:
     free = np.setdiff1d(np.arange(num_samples), np.asarray(taken))
-    return np.random.default_rng((seed, step, refill, 1)).permutation(free).tolist()
-
-
-BAD_SAMPLES = "bad_samples.jsonl"
-LEAST_ASKED = 100  # a share of fewer samples than this says little: they count as so many
-MOST_ATTEMPTS = 20  # samples tried in one place until the run stops: the disk is gone
-NUM_PRINTED = 20  # bad samples named as they are found
-NUM_LISTED = 5  # and in the error that ends a run
-
-
-def make_workers(builder: PromptBuilder, cfg) -> Workers:
-    """The processes that decode for `builder`; a context manager. `cfg` is the section data."""
-    return Workers(builder.decode, cfg.workers, cfg.decode_timeout)
-
-
-def frames_of(workers: Workers, sample: Sample, call: Call) -> Frames:
-    """What the started call decodes. Raises VideoError, also where its process died or took too long."""
-    try:
-        return workers.result(call)
-    except CallFailed as error:
-        raise VideoError(sample.video, str(error)) from None
-
-
-def read_ahead(
-    samples: Sequence[Sample], builder: PromptBuilder, workers: Workers, window: int
-) -> Iterator[Prompt | VideoError]:
-    """Prompts in the order of the samples, the error in place of one that fails; `window` are decoded ahead."""
-    calls = workers.ahead(((sample,) for sample in samples), window)
-    for sample, call in zip(samples, calls):
-        try:
-            yield builder.prompt(sample, frames_of(workers, sample, call))
-        except VideoError as error:
-            yield error
-
-
-@dataclass(frozen=True)
-class Round:
-    """The prompts of one round of sampling in a step: this process's share of its places."""
-
-    prompts: list[Prompt]  # one for each of `places`, and maybe more that only keep this process busy
-    places: list[int]  # among the round's `num_places`
-    num_places: int
-    taken: list[int]  # indices of all samples that the step has asked for by now, on all processes
-    occurrences: list[int]  # of each prompt: how often its sample stands in the round before it
-    indices: list[int]  # of every place's sample, on all processes
+    return np.random.default_rng(seed).permutation(free).tolist()
 
 
 class Order:
     """Which samples a step asks for, as indices of `samples`: those that training still uses.
 
-    A pure function of (seed, step) and, with data.refilter_every, of which groups were dead: every so many epochs the
-    samples are dropped whose group was when it was last sampled. All processes know that, so they agree.
+    Every `data.refilter_every` epochs the samples are dropped whose group was dead when it was last sampled. All
+    processes know which those are, so they agree.
     """
 
     def __init__(self, samples: Sequence[Sample], cfg, state: dict | None):
@@ -164,17 +125,13 @@ class Order:
         return self.start + -(-num_epochs * len(self.samples) // batch_size) if num_epochs else self.cfg.run.steps
 
     def indices(self, step: int) -> list[int]:
-        size, seed = self.cfg.data.batch_size, self.cfg.run.seed
-        return batch_indices(len(self.samples), size, step - self.start, seed, self.epoch, order_of=self._order_of)
+        num, size, seed = len(self.samples), self.cfg.data.batch_size, self.cfg.run.seed
+        return batch_indices(num, size, step - self.start, seed, lambda epoch: self._order_of(self.epoch + epoch))
 
     def visited(self, indices: Sequence[int], alive: Sequence[bool]) -> None:
         """Take note of which groups were alive; the last visit of a sample counts."""
         for index, is_alive in zip(indices, alive, strict=True):
-            sample_id = self.samples[index].id
-            if is_alive:
-                self.dead.discard(sample_id)
-            else:
-                self.dead.add(sample_id)
+            (self.dead.discard if is_alive else self.dead.add)(self.samples[index].id)
 
     def refilter(self, step: int) -> int:
         """Drop what is due before step `step`, unless less than two batches were left; returns how many."""
@@ -198,6 +155,91 @@ class Order:
         self._order_of = lru_cache(2)(partial(epoch_order, len(samples), self.cfg.run.seed, difficulty=difficulty))
 
 
+# ---- reading ahead -------------------------------------------------------------------------------------------------
+
+
+def decode_sample(sample: Sample, spec: VideoConfig, geometry: Geometry, cache: FrameCache | None) -> Frames:
+    """The frames that a sample is asked about. Raises VideoError when the file cannot be read."""
+    return decode_video(sample.video, spec, geometry, sample.clip, sample.fps, cache)
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """Samples to prompts, whose videos are decoded in other processes: `with reader.workers` ends those.
+
+    The patches of a prompt's video are on `device`, where they take memory as long as the prompt lives.
+    """
+
+    builder: PromptBuilder
+    workers: Workers  # of `decode_sample`
+    geometry: Geometry
+    time_step: str  # video.time_step
+    device: torch.device | str
+
+    def frames(self, sample: Sample, call: Call) -> Frames:
+        """What the started call decodes. Raises VideoError, also where its process died or took too long."""
+        try:
+            return self.workers.result(call)
+        except CallFailed as error:
+            raise VideoError(sample.video, str(error)) from None
+
+    def prompt(self, sample: Sample, frames: Frames) -> Prompt:
+        return self.builder(sample, to_video(frames, self.geometry, self.device, self.time_step))
+
+    def ahead(self, samples: Sequence[Sample], window: int) -> Iterator[Prompt | VideoError]:
+        """Prompts in the order of the samples, the error in place of one that fails; `window` are decoded ahead."""
+        calls = self.workers.ahead(((sample,) for sample in samples), window)
+        for sample, call in zip(samples, calls):
+            try:
+                yield self.prompt(sample, self.frames(sample, call))
+            except VideoError as error:
+                yield error
+
+
+def make_reader(cfg, tokenizer, device) -> PromptReader:
+    """The reader of a whole config, for a policy on `device`. Raises ValueError without a preprocessor file."""
+    geometry, data = read_geometry(cfg.model.path), cfg.data
+    frames = FrameCache(data.cache_dir, data.cache_gib) if data.cache_dir else None
+    decode = partial(decode_sample, spec=cfg.video, geometry=geometry, cache=frames)
+    workers = Workers(decode, data.workers, data.decode_timeout)
+    return PromptReader(PromptBuilder(tokenizer, cfg.prompt), workers, geometry, cfg.video.time_step, device)
+
+
+def check_readable(
+    bad: Sequence[dict], num_bad: int, num: int, limit: float, see: str = "", stuck: bool = False
+) -> None:
+    """End the command when more than `limit` (data.max_bad_share) of `num` samples could not be read.
+
+    It also ends where the loader is `stuck`, without a sample to stand in. `bad` are rows with an `id` and an `error`,
+    of which the first are named, and `see` says where all are listed.
+    """
+    why = f"more than data.max_bad_share={limit:g} of them"
+    if stuck:
+        why = f"and nothing was left to stand in for one of them ({MOST_ATTEMPTS} samples are tried)"
+    if stuck or num_bad > limit * max(num, LEAST_ASKED):
+        first = "; ".join(f"{row['id']}, {row['error']}" for row in bad[:NUM_LISTED])
+        raise SystemExit(
+            f"error: {num_bad} of the {num} samples asked for could not be read, {why}{see}; the first: {first}"
+        )
+
+
+# ---- the loader ----------------------------------------------------------------------------------------------------
+
+Started = dict[int, tuple[Sample, Call | None]]  # by place in the round: what is being decoded
+
+
+@dataclass(frozen=True)
+class Round:
+    """The prompts of one round of sampling in a step: this process's share of its places."""
+
+    prompts: list[Prompt]  # one for each of `places`, and maybe more that only keep this process busy
+    places: list[int]  # among the round's `num_places`
+    num_places: int
+    taken: list[int]  # indices of all samples that the step has asked for by now, on all processes
+    occurrences: list[int]  # of each prompt: how often its sample stands in the round before it
+    indices: list[int]  # of every place's sample, on all processes
+
+
 class Loader:
     """This process's prompts, round by round. Every process must make the same calls.
 
@@ -205,15 +247,15 @@ class Loader:
     `order.state` survive a resume.
     """
 
-    def __init__(self, samples: Sequence[Sample], builder: PromptBuilder, workers: Workers, cfg, run, clock: Callable):
-        self.order, self.builder, self.workers = Order(samples, cfg, run.state.get("order")), builder, workers
+    def __init__(self, samples: Sequence[Sample], reader: PromptReader, cfg, run, clock: Callable):
+        self.order, self.reader = Order(samples, cfg, run.state.get("order")), reader
         self.cfg, self.run, self.clock = cfg, run, clock
         self.state = {name: run.state.get(name, 0) for name in ("num_asked", "num_bad")}
         self.bad = {row["id"]: row for row in run.rows(BAD_SAMPLES)}  # their rows in that file, by id
         self.num_replaced = 0
-        self._ahead: dict[int, tuple[list[int], list[Call | None]]] = {}  # indices and started calls of coming steps
+        self._ahead: dict[int, tuple[list[int], Started]] = {}  # by step: indices, and what is being decoded
         share = cfg.data.batch_size // run.engine.world_size
-        self._num_steps_ahead = max(1, -(-2 * workers.num // share))
+        self._num_steps_ahead = max(1, -(-2 * reader.workers.num // share))
 
     @property
     def samples(self) -> list[Sample]:
@@ -230,18 +272,18 @@ class Loader:
         for coming in range(step, min(step + 1 + self._num_steps_ahead, self.cfg.run.steps, self.order.end)):
             if coming not in self._ahead:
                 wanted = self.order.indices(coming)
-                self._ahead[coming] = wanted, self._start_share(wanted)
-        wanted, calls = self._ahead.pop(step)
-        return self._load(step, 0, wanted, [], calls)
+                self._ahead[coming] = wanted, self._start(dict(enumerate(wanted)), len(wanted))
+        wanted, started = self._ahead.pop(step)
+        return self._load(step, 0, wanted, [], started)
 
     def peek(self, step: int) -> list[Sample]:
-        """The samples of step `step`, then all others, without those that could not be read; nothing is counted."""
+        """The samples of step `step`, then all others, without those that could not be read. Nothing is counted."""
         coming = [self.samples[index] for index in self.order.indices(step)]
         return [sample for sample in coming + self.samples if sample.id not in self.bad]
 
     def refill(self, step: int, refill: int, wanted: list[int], taken: list[int]) -> Round:
         """The videos `wanted` in refill round `refill` (from 1) of a step that has asked for those `taken`."""
-        return self._load(step, refill, wanted, taken, self._start_share(wanted))
+        return self._load(step, refill, wanted, taken, self._start(dict(enumerate(wanted)), len(wanted)))
 
     def _share(self, num_places: int) -> tuple[list[int], int]:
         """This process's places, and how many of them count: past the end, the last one is there to be busy with."""
@@ -250,52 +292,45 @@ class Loader:
         places = range(rank * share, (rank + 1) * share)
         return [min(place, num_places - 1) for place in places], sum(place < num_places for place in places)
 
-    def _start_share(self, wanted: list[int]) -> list[Call | None]:
-        return [self._start(wanted[place]) for place in self._share(len(wanted))[0]]
+    def _start(self, coming: dict[int, int], num_places: int) -> Started:
+        """Have decoded what is to be read at this process's places; no call for what is known to be bad."""
+        samples = {place: self.samples[coming[place]] for place in self._share(num_places)[0] if place in coming}
+        start = self.reader.workers.start
+        return {place: (of, None if of.id in self.bad else start(of)) for place, of in samples.items()}
 
-    def _start(self, index: int) -> Call | None:
-        sample = self.samples[index]
-        return None if sample.id in self.bad else self.workers.start(sample)
-
-    def _load(self, step: int, refill: int, wanted: list[int], taken: list[int], calls: list[Call | None]) -> Round:
+    def _load(self, step: int, refill: int, wanted: list[int], taken: list[int], started: Started) -> Round:
         """Read this process's places; while some fail, on any process, all give them the next spares and go on."""
         places, num_own = self._share(len(wanted))
-        asked, spares = [*taken, *wanted], None
-        prompts: list[Prompt | None] = [None] * len(places)
-        coming = dict(enumerate(wanted))  # what is to be read now, by place
-        indices = list(wanted)
-        replaced: set[int] = set()  # places
+        indices, asked, spares = list(wanted), [*taken, *wanted], None
+        coming, prompts = dict(enumerate(wanted)), {}  # by place: what is to be read now, and what has been
         for _ in range(MOST_ATTEMPTS):
             taken = [*taken, *coming.values()]
             self.state["num_asked"] += len(coming)
-            failed = self._gather_failed(self._read(coming, places, prompts, calls))
+            failed = self._gather_failed(self._read(started, prompts))
             if not failed:
-                before = [0 if i in replaced else wanted[:i].count(wanted[i]) for i in places]
-                return Round(prompts, places[:num_own], len(wanted), taken, before, indices)
-            replaced |= {row["place"] for row in failed}
+                before = [wanted[:i].count(wanted[i]) if indices[i] == wanted[i] else 0 for i in places]
+                mine = [prompts[place] for place in places]
+                return Round(mine, places[:num_own], len(wanted), taken, before, indices)
             self._note(step + 1, failed)
             if spares is None:  # drawn only when a sample fails, because drawing them permutes all records
                 spares = iter(spare_indices(len(self.samples), asked, step, refill, self.cfg.run.seed))
             coming = dict(zip((row["place"] for row in failed), spares))
+            self._check(stuck=len(coming) < len(failed))
             for place, index in coming.items():
                 indices[place] = index
-            self._check(stuck=len(coming) < len(failed))
-            calls = [self._start(coming[place]) if place in coming else None for place in places]
+            started = self._start(coming, len(wanted))
         self._check(stuck=True)
 
-    def _read(self, coming: dict[int, int], places: list[int], prompts: list, calls: list) -> list[dict]:
-        """Put what is coming to this process's places into `prompts`; returns what could not be read."""
+    def _read(self, started: Started, prompts: dict[int, Prompt]) -> list[dict]:
+        """Put what was started into `prompts`, by place; returns what could not be read."""
         failed = []
-        for i, place in enumerate(places):
-            if place not in coming:
-                continue
-            sample = self.samples[coming[place]]
+        for place, (sample, call) in started.items():
             try:
                 if sample.id in self.bad:  # whatever a call that was started before says now
                     raise VideoError(sample.video, self.bad[sample.id]["reason"])
                 with self.clock("data_wait"):
-                    frames = frames_of(self.workers, sample, calls[i])
-                prompts[i] = self.builder.prompt(sample, frames)
+                    frames = self.reader.frames(sample, call)
+                prompts[place] = self.reader.prompt(sample, frames)
             except VideoError as error:
                 failed.append({"place": place, "id": sample.id, "path": error.path, "reason": error.reason})
         return failed
@@ -323,15 +358,7 @@ class Loader:
                 tqdm.write(f"further ones are only listed, in {self.run.dir / BAD_SAMPLES}", file=sys.stderr)
 
     def _check(self, stuck: bool) -> None:
-        asked, bad, limit = self.state["num_asked"], self.state["num_bad"], self.cfg.data.max_bad_share
-        if not stuck and bad <= limit * max(asked, LEAST_ASKED):
-            return
-        why = f"more than data.max_bad_share={limit:g} of them"
-        if stuck:
-            why = f"and nothing was left to stand in for one of them ({MOST_ATTEMPTS} samples are tried)"
-        rows = list(self.bad.values())[:NUM_LISTED]
-        listed = "; ".join(f"{row['id']}, {row['path']}: {row['reason']}" for row in rows)
-        raise SystemExit(
-            f"error: {bad} of the {asked} samples asked for could not be read, {why}. All are listed in "
-            f"{self.run.dir / BAD_SAMPLES}; the first: {listed}"
-        )
+        bad = [{"id": row["id"], "error": f"{row['path']}: {row['reason']}"} for row in self.bad.values()]
+        see = f"; {self.run.dir / BAD_SAMPLES} lists them all"
+        num_bad, num_asked = self.state["num_bad"], self.state["num_asked"]
+        check_readable(bad, num_bad, num_asked, self.cfg.data.max_bad_share, see, stuck)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import config
 from config import EvalRunConfig
-from data import LEAST_ASKED, NUM_LISTED, make_workers
+from data import PromptReader, check_readable, make_reader
 from metrics.blind import floor_line, floor_of, swap_clips
 from metrics.compare import compare, read_predictions
 from metrics.predictions import blind_head_of, head_of, predict
@@ -34,7 +34,7 @@ from metrics.rows import hash_of, truth_hash
 from metrics.tasks import MAIN_METRIC, check_modes, sample_values, score_predictions
 from policy import Policy, load_policy
 from preflight.selfcheck import check_model, check_ranks
-from prompts import PromptBuilder, make_builder
+from records import jsonl
 from records.files import read_samples
 from records.record import Sample
 from runtime.checkpoint import write_text
@@ -66,10 +66,10 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
             end: DoneBatches(run, f"answers{end}", cut(shown, cfg.eval.batch_size), head, by)
             for end, (shown, head) in asked.items()
         }
-        builder = make_builder(cfg, policy.tokenizer, policy.device)
+        reader = make_reader(cfg, policy.tokenizer, policy.device)
     with run.engine.phase("answers"):
         for part in answered.values():
-            _answer_all(part, policy, builder, cfg, run)
+            _answer_all(part, policy, reader, cfg, run)
     rows = {end: batches.gather() for end, batches in answered.items()}
     env = json.loads((run.dir / "env.json").read_text(encoding="utf-8"))
     spec = specification(cfg, policy.tokenizer) | by | {"packages": env["packages"], "commit": env["commit"]}
@@ -81,8 +81,7 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
     metrics |= scored[""] | {"floor": floor} | ({"blind": scored["_blind"]} if cfg.eval.blind else {})
     if run.is_main:
         for end, of in rows.items():
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in of)
-            write_text(run.dir / f"predictions{end}.jsonl", "".join(lines))
+            jsonl.write(run.dir / f"predictions{end}.jsonl", of)
         write_text(run.dir / "metrics.json", as_json(metrics))
         _remove_lines(run)
         print_metrics(metrics)
@@ -116,29 +115,25 @@ def _floor(cfg: EvalRunConfig, samples: Sequence[Sample], run: Run) -> dict[str,
     return floor
 
 
-def _answer_all(answered: DoneBatches, policy: Policy, builder: PromptBuilder, cfg: EvalRunConfig, run: Run) -> None:
+def _answer_all(answered: DoneBatches, policy: Policy, reader: PromptReader, cfg: EvalRunConfig, run: Run) -> None:
     """What is left to do, shared among the processes; the bar shows the mean so far of this one's answers."""
     mine = answered.mine
     seed = cfg.run.seed if cfg.eval.temperature else None
     scores: dict[str, list[float]] = {}
     bad, samples = [], [sample for batch in answered.batches for sample in batch]
-    with make_workers(builder, cfg.data) as workers:
+    with reader.workers:
         if answered.todo:
             with user_errors():
-                check_model(policy, None, samples, builder, workers, cfg, run)
+                check_model(policy, None, samples, reader, cfg, run)
         batches = [answered.batches[number] for number in mine]
-        predicted = predict(policy, batches, builder, workers, cfg.eval, cfg.eval.num_answers, seed)
+        predicted = predict(policy, batches, reader, cfg.eval, cfg.eval.num_answers, seed)
         bar = tqdm(predicted, total=len(mine), desc=answered.name, unit="batch", disable=not run.is_main)
         for number, rows in zip(mine, bar, strict=True):
             rows = [row | answered.head(sample) for row, sample in zip(rows, answered.batches[number], strict=True)]
             with user_errors():
                 answered.add(number, rows)
             bad += [row for row in rows if "error" in row]
-            if len(bad) > cfg.data.max_bad_share * max(len(samples), LEAST_ASKED):
-                listed = "; ".join(f"{row['id']}, {row['error']}" for row in bad[:NUM_LISTED])
-                raise SystemExit(
-                    f"error: {len(bad)} videos could not be read (data.max_bad_share), the first: {listed}"
-                )
+            check_readable(bad, len(bad), len(samples), cfg.data.max_bad_share)
             for row in rows:
                 value = sample_values(row, cfg.eval.answer)[MAIN_METRIC[row["task"]]]
                 scores.setdefault(f"{row['task']}/{MAIN_METRIC[row['task']]}", []).append(100 * value)

@@ -122,7 +122,7 @@ class Policy(nn.Module):
     def embed_videos(self, prompts: Sequence[Prompt]) -> Tensor:
         """Run the vision tower once over all videos; (sum of their tokens, H) in the order of the prompts.
 
-        Their patches are on the policy's device, see prompts.make_builder.
+        Their patches are on the policy's device, see data.make_reader.
         """
         patches = torch.cat([prompt.video.patches for prompt in prompts])
         grids = torch.tensor([prompt.video.grid_thw for prompt in prompts], device=self.device)

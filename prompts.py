@@ -1,18 +1,15 @@
-"""Samples to prompts: the wording of each task, the video's placeholders in place, its patches beside it.
+"""Samples to prompts: the wording of each task, with the placeholders of the video in place.
 
-Not a reader of records (data.py) or of video files (video/frames.py), and it decides on no order. Nothing to run.
+It opens no video: data.py hands it the patches.
 """
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
-from config import PromptConfig, VideoConfig
+from config import PromptConfig
 from records.record import CHAT, LETTERS, Sample
-from video.budget import Geometry, read_geometry
-from video.cache import FrameCache
-from video.frames import Frames, Video, decode_video, to_video
+from video.frames import Video
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Prompt:
 
 
 def user_text(sample: Sample, cfg: PromptConfig) -> str:
-    """The user turn after the video: the task's template, filled in; of a chat record the question as it is."""
+    """The user turn after the video: the task's template, filled in. A chat record gives its question as it is."""
     if sample.task == CHAT:
         return sample.question
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, sample.options or ()))
@@ -34,48 +31,14 @@ def user_text(sample: Sample, cfg: PromptConfig) -> str:
     return re.sub(r"\{(question|options)\}", lambda match: values[match[1]], getattr(cfg, sample.task))
 
 
-def time_step(second_per_grid: float, rule: str) -> float:
-    """Seconds between two time steps of a video as the rotary positions see them.
-
-    `exact` is the truth. `whole_seconds` rounds down, as transformers 4.50 to 5.2 did by a cast to the index's integer
-    type (QwenLM/Qwen3-VL#1282): a step below 1 s then puts all frames at one position. Only for reproducing results.
-    """
-    return second_per_grid if rule == "exact" else float(int(second_per_grid))
-
-
-def decode_sample(sample: Sample, video: VideoConfig, geometry: Geometry, cache: FrameCache | None) -> Frames:
-    """The frames that a sample is asked about. Raises video.VideoError when the file cannot be read."""
-    return decode_video(sample.video, video, geometry, clip=sample.clip, fps=sample.fps, cache=cache)
-
-
 class PromptBuilder:
-    """Samples to prompts, with one video specification and one prompt wording for training and evaluation alike.
+    """The text of prompts: one wording, in the chat template of one tokenizer, for training and evaluation alike."""
 
-    `decode(sample)` is the expensive half, and can be sent to another process; `prompt(sample, frames)` is the other.
-    The patches of a prompt's video are on `device`, where they take memory as long as the prompt lives.
-    """
+    def __init__(self, tokenizer, wording: PromptConfig):
+        self.tokenizer, self.wording = tokenizer, wording
 
-    def __init__(
-        self,
-        tokenizer,
-        geometry: Geometry,
-        video: VideoConfig,
-        prompt: PromptConfig,
-        cache: FrameCache | None,
-        device="cpu",
-    ):
-        self.tokenizer, self.geometry, self.video, self.wording = tokenizer, geometry, video, prompt
-        self.device = device
-        self.decode = partial(decode_sample, video=video, geometry=geometry, cache=cache)
-
-    def __call__(self, sample: Sample) -> Prompt:
-        """Decode the video and lay out the prompt. Raises video.VideoError when the file cannot be read."""
-        return self.prompt(sample, self.decode(sample))
-
-    def prompt(self, sample: Sample, frames: Frames) -> Prompt:
-        """Lay out the prompt of a sample whose video is decoded."""
-        video = to_video(frames, self.geometry, self.device)
-        video = replace(video, second_per_grid=time_step(video.second_per_grid, self.video.time_step))
+    def __call__(self, sample: Sample, video: Video) -> Prompt:
+        """The prompt of a sample whose video has been read."""
         before, pad, after = self.text_ids(sample)
         return Prompt(sample, before + [pad] * video.num_tokens + after, len(before), video)
 
@@ -92,20 +55,11 @@ class PromptBuilder:
 
     def _text(self, sample: Sample) -> str:
         system = self.wording.system_think if self.wording.think else self.wording.system_plain
-        system = "" if sample.task == CHAT else system  # it asks for an answer block
         content = [{"type": "video"}, {"type": "text", "text": user_text(sample, self.wording)}]
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": content})
+        turns = [{"role": "user", "content": content}]
+        if system and sample.task != CHAT:  # the system turn asks for an answer block
+            turns.insert(0, {"role": "system", "content": system})
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-
-def make_builder(cfg, tokenizer, device) -> PromptBuilder:
-    """The prompt builder of a whole config, for a policy on `device`.
-
-    Raises ValueError when the model folder has no preprocessor file.
-    """
-    cache = FrameCache(cfg.data.cache_dir, cfg.data.cache_gib) if cfg.data.cache_dir else None
-    return PromptBuilder(tokenizer, read_geometry(cfg.model.path), cfg.video, cfg.prompt, cache, device)
 
 
 def video_sums(prompts: Sequence[Prompt]) -> dict[str, float]:

@@ -5,7 +5,7 @@
     accelerate launch --config_file configs/accelerate/ddp.yaml select_data.py --config configs/tiny_select.yaml
     python train_grpo.py --config configs/tiny.yaml data.train=runs/tiny_select/selected.jsonl
 
-It trains nothing; the rules are in selection/rules.py. K is rollout.group_size. Into run.dir it writes
+The rules are in selection/rules.py. K is rollout.group_size. Into run.dir it writes
 
     scores.jsonl      one row per item: rewards (the task's own, without the format) and their mean, std and best; the
                       parts of each; parse_fail, truncated, sampled_tokens, prompt_tokens; or the error of its video
@@ -13,11 +13,11 @@ It trains nothing; the rules are in selection/rules.py. K is rollout.group_size.
     rejected.jsonl    the others, each with its reason
     histogram.png, summary.json
 
-The same command goes on where it was killed. Once scores.jsonl is there, it applies the rule and samples nothing, so
-any key of the section select may be changed; a change of another one, or of the model's weights, is an error.
-select.scores names other scores: a scores.jsonl of the same model, video, prompt, rollout and rewards, but for the keys
-in select.allow; or a file of rows with `id` and `rewards`, or `id` and `extra.difficulty` (a reward in percent, as
-Time-R1 publishes), whose origin nobody knows. Neither model nor videos are looked at then.
+The same command goes on where it was killed. Once scores.jsonl is there, it applies the rule and samples nothing. Then
+any key of the section select may be changed, and a change of another one, or of the model's weights, is an error.
+select.scores names other scores, which need neither model nor videos: a scores.jsonl of the same model, video, prompt,
+rollout and rewards, but for the keys in select.allow, or a file of rows with `id` and `rewards`, or with `id` and
+`extra.difficulty` (a reward in percent, as Time-R1 publishes).
 """
 
 import dataclasses
@@ -38,11 +38,12 @@ import yaml
 from tqdm import tqdm
 
 import config
-from data import NUM_LISTED, make_workers, read_ahead
+from data import NUM_LISTED, check_readable, make_reader
 from model.folder import weights_hash
 from policy import Policy, load_policy
 from preflight.selfcheck import check_model, check_ranks
-from prompts import Prompt, PromptBuilder, make_builder
+from prompts import Prompt
+from records import jsonl
 from records.files import read_samples
 from records.record import Sample, to_record
 from reward_functions import RewardFunction, failures_in, load_functions, score_all
@@ -51,15 +52,12 @@ from rollout import generate
 from runtime.checkpoint import write_text
 from runtime.environment import code_hash, environment
 from runtime.resumable import DoneBatches, cut, remove_lines
-from runtime.run import UNUSED, Run, config_differences
+from runtime.run import MAY_CHANGE, UNUSED, Run, config_differences
 from runtime.signals import interruptible
 from selection.rules import Item, check_kept, choose, counts_by_stratum, plot, reason, table
-from selection.scores import SCORES, check_readable, head_of, lines_of, origin, read_scores
+from selection.scores import SCORES, head_of, origin, read_scores
 from video.readers import VideoError
-from video.workers import Workers
 
-MAY_CHANGE = {"run.dir", *(f"data.{key}" for key in ("workers", "decode_timeout", "max_bad_share", "cache_dir"))}
-MAY_CHANGE |= {"data.cache_gib", "run.self_check"}
 STEP = -1  # of the seeds: no step of training, whose first would draw the very same responses
 
 
@@ -71,7 +69,8 @@ class SelectRun(Run):
         used = self.dir.exists() and {e.name for e in self.dir.iterdir() if e.suffix != ".tmp"} - UNUSED
         if path.is_file() and used:
             differing = config_differences(path, config_yaml)
-            differing = {k: v for k, v in differing.items() if k not in MAY_CHANGE and not k.startswith("select.")}
+            free = MAY_CHANGE | {"run.dir"}
+            differing = {k: v for k, v in differing.items() if k not in free and not k.startswith("select.")}
             if differing:
                 raise ValueError(
                     f"{path} differs in {', '.join(differing.values())}: give another run.dir (there select.scores="
@@ -86,22 +85,7 @@ class SelectRun(Run):
             write_text(self.dir / "env.json", json.dumps(made_with, indent=2) + "\n")
 
 
-def score_batches(
-    policy: Policy,
-    batches: Sequence[Sequence[Sample]],
-    builder: PromptBuilder,
-    workers: Workers,
-    functions: Sequence[RewardFunction],
-    cfg: SelectConfig,
-) -> Iterator[list[dict]]:
-    """The rows of each batch; videos of the next ones are decoded meanwhile."""
-    samples = [sample for batch in batches for sample in batch]
-    loaded = read_ahead(samples, builder, workers, cfg.rollout.micro_batch_size + 2 * workers.num)
-    for batch in batches:
-        yield _score_batch(policy, batch, islice(loaded, len(batch)), functions, cfg)
-
-
-def _score_batch(
+def score_batch(
     policy: Policy,
     batch: Sequence[Sample],
     loaded: Iterator[Prompt | VideoError],
@@ -134,18 +118,12 @@ def score_prompts(
         task, parts = prompt.sample.task, [reward.parts for reward in scored[group]]
         names = dict.fromkeys(name for part in parts for name in part)
         rewards = [task_reward(task, part) for part in parts]
-        statistics = Item(prompt.sample.id, task, "", tuple(rewards)).statistics()
-        rows.append(
-            {
-                "rewards": rewards,
-                **statistics,
-                "parts": {name: [part.get(name) for part in parts] for name in names},
-                "parse_fail": sum(not parses(text, prompt.sample) for text in rollout.texts[group]),
-                "truncated": int(rollout.truncated_B[group].sum()) / size,
-                "sampled_tokens": int(rollout.mask_BT[group].sum()),
-                "prompt_tokens": len(prompt.ids),
-            }
-        )
+        row = {"rewards": rewards} | Item(prompt.sample.id, task, "", tuple(rewards)).statistics()
+        row["parts"] = {name: [part.get(name) for part in parts] for name in names}
+        row["parse_fail"] = sum(not parses(text, prompt.sample) for text in rollout.texts[group])
+        row["truncated"] = int(rollout.truncated_B[group].sum()) / size
+        row["sampled_tokens"] = int(rollout.mask_BT[group].sum())
+        rows.append(row | {"prompt_tokens": len(prompt.ids)})
     return rows
 
 
@@ -157,28 +135,30 @@ def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> Non
         check_ranks(policy, samples, cfg, run)
         by = {"weights": policy.fingerprint(), "code_hash": code_hash()}
         scores = DoneBatches(run, "scores", cut(samples, cfg.rollout.micro_batch_size), head_of, by)
-        builder = make_builder(cfg, policy.tokenizer, policy.device)
-    done: list[dict] = []
+        reader = make_reader(cfg, policy.tokenizer, policy.device)
+    bad: list[dict] = []
     shares: Counter[str] = Counter()
-    with make_workers(builder, cfg.data) as workers, run.engine.phase("scores"), failures_in(run.dir):
+    with reader.workers, run.engine.phase("scores"), failures_in(run.dir):
         with user_errors():
-            check_model(policy, None, samples, builder, workers, cfg, run)
-        batches = [scores.batches[number] for number in scores.mine]
-        scored = score_batches(policy, batches, builder, workers, functions, cfg)
-        bar = tqdm(scored, "select", len(batches), unit="batch", disable=not run.is_main)
-        for number, rows in zip(scores.mine, bar, strict=True):
+            check_model(policy, None, samples, reader, cfg, run)
+        mine = [sample for number in scores.mine for sample in scores.batches[number]]
+        loaded = reader.ahead(mine, cfg.rollout.micro_batch_size + 2 * reader.workers.num)
+        bar = tqdm(scores.mine, "select", unit="batch", disable=not run.is_main)
+        for number in bar:
+            batch = scores.batches[number]
+            rows = score_batch(policy, batch, islice(loaded, len(batch)), functions, cfg)
             with user_errors():
                 scores.add(number, rows)
-            done += rows
+            bad += [row for row in rows if "error" in row]
             shares.update(reason(Item.of(row), cfg.select) or "passed" for row in rows)
             told = " ".join(f"{name} {num / shares.total():.0%}" for name, num in shares.most_common())
             bar.set_postfix_str(told, refresh=False)
-            with user_errors():
-                check_readable(done, len(samples), cfg.data.max_bad_share)
+            check_readable(bad, len(bad), len(samples), cfg.data.max_bad_share)
     rows = scores.gather()
+    bad = [row for row in rows if "error" in row]
+    check_readable(bad, len(bad), len(rows), cfg.data.max_bad_share)
     with user_errors():
-        check_readable(rows, len(rows), cfg.data.max_bad_share)
-        run.engine.raise_together(lambda: write_text(run.dir / SCORES, lines_of(rows)))
+        run.engine.raise_together(lambda: jsonl.write(run.dir / SCORES, rows))
 
 
 def apply_rule(samples: Sequence[Sample], path: Path, cfg: SelectConfig, folder: Path) -> None:
@@ -192,37 +172,35 @@ def apply_rule(samples: Sequence[Sample], path: Path, cfg: SelectConfig, folder:
     print("\n".join(table(counts)))
     for item in [item for item in items if item.error][:NUM_LISTED]:
         print(f"unreadable: {item.id}: {item.error}")
-    write_text(folder / "rejected.jsonl", lines_of([rejected(item, why) for item, why in zip(items, reasons) if why]))
+    selected, rejected = [], []
+    for sample, item, why in zip(samples, items, reasons):
+        result = {"error": item.error} if item.error else item.statistics()
+        if why:
+            rejected.append({"id": item.id, "task": item.task, "source": item.source, "reason": why} | result)
+        else:
+            extra = {f"reward_{name}": value for name, value in result.items()}
+            selected.append(to_record(sample) | {"extra": (sample.extra or {}) | extra})
+    jsonl.write(folder / "rejected.jsonl", rejected)
     plot(items, reasons, cfg.select, folder / "histogram.png")
     check_kept(reasons, cfg.select)
-    kept = [(sample, item) for sample, item, why in zip(samples, items, reasons) if not why]
-    write_text(folder / "selected.jsonl", lines_of([selected(*pair) for pair in kept]))
+    jsonl.write(folder / "selected.jsonl", selected)
     summary = {"select": dataclasses.asdict(cfg.select), "scores": cfg.select.scores or SCORES, "spec": spec}
     summary |= {"counts": counts, "responses": responses(rows)}
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"{len(kept)} of {len(items)} items kept: {folder / 'selected.jsonl'}; see rejected.jsonl and histogram.png")
-
-
-def selected(sample: Sample, item: Item) -> dict[str, Any]:
-    """The record of a kept item."""
-    statistics = {f"reward_{name}": value for name, value in item.statistics().items()}
-    return to_record(sample) | {"extra": (sample.extra or {}) | statistics}
-
-
-def rejected(item: Item, why: str) -> dict[str, Any]:
-    row = {"id": item.id, "task": item.task, "source": item.source, "reason": why}
-    return row | ({"error": item.error} if item.error else item.statistics())
+    seen = f"{folder / 'selected.jsonl'}; see rejected.jsonl and histogram.png"
+    print(f"{len(selected)} of {len(items)} items kept: {seen}")
 
 
 def responses(rows: Sequence[dict]) -> dict[str, float]:
     """What sampling cost and what became of the responses; only their number where the scores are from elsewhere."""
     num = sum(len(row.get("rewards", ())) for row in rows)
-    sampled = [row for row in rows if {"sampled_tokens", "prompt_tokens", "parse_fail", "truncated"} <= row.keys()]
+    keys = ("truncated", "parse_fail", "sampled_tokens", "prompt_tokens")
+    sampled = [row for row in rows if row.keys() >= set(keys)]
     if not sampled:
         return {"num": num}
-    sums = {key: sum(row[key] for row in sampled) for key in ("parse_fail", "sampled_tokens", "prompt_tokens")}
-    truncated = sum(row["truncated"] for row in sampled) / len(sampled)
-    return {"num": num, "frac_truncated": truncated, "frac_parse_fail": sums.pop("parse_fail") / num} | sums
+    truncated, failed, tokens, prompt_tokens = (sum(row[key] for row in sampled) for key in keys)
+    fractions = {"frac_truncated": truncated / len(sampled), "frac_parse_fail": failed / num}
+    return {"num": num} | fractions | {"sampled_tokens": tokens, "prompt_tokens": prompt_tokens}
 
 
 def select(cfg: SelectConfig) -> None:

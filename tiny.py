@@ -1,8 +1,9 @@
 """The embedded default: synthetic clips with known events and a tiny Qwen-VL, written as ordinary files.
 
-It reads no data and trains nothing; what trains and evaluates does not import it, and reads its clips, JSONL
-records, data set YAMLs and Hugging Face model folder as it would read a real data set and checkpoint.
-Run `python tiny.py [--out tiny_world] [--seed 0] [--size full|small] [--family qwen2_5_vl|qwen2_vl]`.
+    python tiny.py [--out tiny_world] [--seed 0] [--size full|small] [--family qwen2_5_vl|qwen2_vl]
+
+What trains and evaluates does not import this file. It reads the clips, records and model folder as it would read a
+real data set and checkpoint.
 """
 
 import argparse
@@ -23,7 +24,12 @@ VERSION = 4  # raise it when the written files change: an older world is then re
 WORKERS, PARALLEL_FROM = 2, 100  # processes that encode clips, where there are at least so many
 SPLITS = ("base", "train", "validation", "test", "ood")  # the index is part of every seed: only append
 NUM_CLIPS = {"full": (1000, 600, 100, 240, 240), "small": (8, 8, 4, 8, 4)}  # of each split
-TASKS = ("tvg", "mcqa", "gqa")
+QUESTIONS = {
+    "tvg": "When is the {colour} {shape} visible?",
+    "mcqa": "Which colour appears {place}?",
+    "gqa": "Which colour appears {place}, and when is it visible?",
+}
+TASKS = tuple(QUESTIONS)
 RATES = (6, 8, 10, 12)  # frames per second
 COLOURS = {"red": (225, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 235), "yellow": (235, 215, 50)}
 OPTIONS = tuple(COLOURS)  # of every choice question, always in this order: A is red
@@ -209,17 +215,12 @@ def clip_records(clip: Clip, tasks: tuple[str, ...], coarse: bool = False) -> li
     records = []
     places = ("first", "last") if len(clip.events) == 2 else (str(rng.choice(["first", "last"])),)
     for task, (event, place) in product(tasks, zip(clip.events, places)):
-        question = {
-            "tvg": f"When is the {event.colour} {event.shape} visible?",
-            "mcqa": f"Which colour appears {place}?",
-            "gqa": f"Which colour appears {place}, and when is it visible?",
-        }[task]
+        question = QUESTIONS[task].format(colour=event.colour, shape=event.shape, place=place)
         record = {"task": task, "video": clip.name, "duration": float(clip.duration), "question": question}
         if task != "tvg":
             record |= {"options": list(OPTIONS), "answer": "ABCD"[OPTIONS.index(event.colour)]}
         if task != "mcqa":
-            span = coarse_span(rng, event, clip.duration) if coarse else [event.start, event.end]
-            record["segments"] = [span]
+            record["segments"] = [coarse_span(rng, event, clip.duration) if coarse else [event.start, event.end]]
         records.append(record)
     return records
 
@@ -252,7 +253,7 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
     empty = Qwen2Tokenizer().backend_tokenizer  # has Qwen's normalizer and splitting (digits one by one)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=BPE_SIZE, show_progress=False, initial_alphabet=alphabet)
-    questions = [f"When is the {colour} {shape} visible?" for colour in COLOURS for shape in SHAPES]
+    questions = [QUESTIONS["tvg"].format(colour=colour, shape=shape) for colour in COLOURS for shape in SHAPES]
     empty.train_from_iterator(3 * questions + 2 * TEXTS.splitlines(), trainer)
     bpe = json.loads(empty.to_str())["model"]
     merges = [tuple(pair) for pair in bpe["merges"]]
@@ -308,6 +309,10 @@ def released(config: dict) -> dict:
     return text | whole | {"vision_config": vision, "transformers_version": "4.41.2"}
 
 
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def write_model(folder: Path, seed: int, family: str) -> None:
     """Write a Hugging Face folder: tokenizer, weights, generation defaults and preprocessor sizes."""
     ids = write_tokenizer(folder)
@@ -324,19 +329,6 @@ def write_model(folder: Path, seed: int, family: str) -> None:
     write_json(folder / "preprocessor_config.json", preprocessor)
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def is_finished(out: Path, arguments: dict) -> bool:
-    """Whether `out` holds this very world; `ValueError` when it holds what is not ours to replace."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if not (out / "world.json").is_file():
-        raise ValueError(f"{out} exists and is no tiny world: remove it, or choose another --out")
-    return arguments.items() <= json.loads((out / "world.json").read_text()).items()
-
-
 def write_world(out: str | Path, seed: int = 0, size: str = "full", family: str = "qwen2_5_vl") -> Path:
     """Write clips, records and model to the folder `out`; keep the same world, replace another one.
 
@@ -345,9 +337,12 @@ def write_world(out: str | Path, seed: int = 0, size: str = "full", family: str 
     """
     out = Path(out).resolve()
     arguments = {"version": VERSION, "seed": seed, "size": size, "family": family}
-    if is_finished(out, arguments):
-        print(f"{out}: this world is already there")
-        return out
+    if (out / "world.json").is_file():
+        if arguments.items() <= json.loads((out / "world.json").read_text()).items():
+            print(f"{out}: this world is already there")
+            return out
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no tiny world: remove it, or choose another --out")
     part = out.with_name(f"{out.name}.part{os.getpid()}")
     part.mkdir(parents=True)
     try:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import config
 from config import LossConfig
-from data import Loader, make_workers
+from data import Loader, make_reader
 from groups import Batch, choose_groups, loss_mask, sample_groups
 from grpo import policy_loss, token_weights
 from metrics.validation import Validator
@@ -33,7 +33,6 @@ from model.optim import make_optimizer, set_learning_rate
 from policy import Packed, Policy, load_policy, pack, packed_logps
 from preflight import plan
 from preflight.selfcheck import check_model, check_ranks
-from prompts import make_builder
 from records.files import read_samples
 from reward_functions import failures_in, load_functions
 from rollout import Rollout
@@ -165,18 +164,17 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)
         check_ranks(raw, samples, cfg, run)
-        builder = make_builder(cfg, raw.tokenizer, raw.device)
-        workers = make_workers(builder, cfg.data)
-        validator = Validator(cfg, builder, workers, run, samples)
+        reader = make_reader(cfg, raw.tokenizer, raw.device)
+        validator = Validator(cfg, reader, run, samples)
         clock = Clock(run.engine.phase)
-        loader = Loader(samples, builder, workers, cfg, run, clock)
+        loader = Loader(samples, reader, cfg, run, clock)
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
     reference = load_reference(raw, cfg, run)
     alarm = Alarm(cfg.group.warn_after, run.state.get("alarm"))
-    with workers, run.stoppable(), failures_in(run.dir):
+    with reader.workers, run.stoppable(), failures_in(run.dir):
         with user_errors():
             start = None if run.start_step else reference  # what the policy must equal
-            check_model(policy, start, loader.peek(run.start_step), builder, workers, cfg, run)
+            check_model(policy, start, loader.peek(run.start_step), reader, cfg, run)
         for step in run.steps("grpo"):
             with clock("step"):
                 lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)

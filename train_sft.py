@@ -16,14 +16,14 @@ if __name__ == "__main__":  # here, so that a misspelt key is told before torch 
 import torch
 
 import config
-from data import Loader, make_workers
+from data import Loader, make_reader
 from metrics.validation import Validator
 from model.folder import save_model
 from model.optim import make_optimizer, set_learning_rate
 from policy import load_policy, pack
 from preflight import plan
 from preflight.selfcheck import check_model, check_ranks
-from prompts import Prompt, make_builder, video_means, video_sums
+from prompts import Prompt, video_means, video_sums
 from records.files import read_samples
 from records.record import Sample
 from rewards import format_answer
@@ -84,15 +84,14 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
         check_batch(cfg.data.batch_size, run.engine.world_size)
         raw = load_policy(cfg.model).to(run.engine.device)
         check_ranks(raw, samples, cfg, run)
-        builder = make_builder(cfg, raw.tokenizer, raw.device)
-        workers = make_workers(builder, cfg.data)
-        validator = Validator(cfg, builder, workers, run, samples)
+        reader = make_reader(cfg, raw.tokenizer, raw.device)
+        validator = Validator(cfg, reader, run, samples)
         clock = Clock(run.engine.phase)
-        loader = Loader(samples, builder, workers, cfg, run, clock)
+        loader = Loader(samples, reader, cfg, run, clock)
     policy, optimizer = run.prepare(raw, make_optimizer(raw, cfg.optim), cfg.optim.grad_clip)
-    with workers, run.stoppable():
+    with reader.workers, run.stoppable():
         with user_errors():
-            check_model(policy, None, loader.peek(run.start_step), builder, workers, cfg, run)
+            check_model(policy, None, loader.peek(run.start_step), reader, cfg, run)
         for step in run.steps("sft"):
             with clock("step"):
                 lr = set_learning_rate(optimizer, step, cfg.run.steps, cfg.optim)

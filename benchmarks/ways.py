@@ -33,7 +33,7 @@ from runtime.clock import peak_bytes
 from runtime.run import Run
 from train_grpo import update
 from video.budget import read_geometry
-from video.frames import load_video
+from video.frames import decode_video, to_video
 
 SIDES, CLIP_FPS = {"tiny": 112, "3b": 336}, 2  # pixels, of square frames: 16 or 144 tokens each two frames
 TEXT = 22  # tokens of a prompt that are text, or more, so that the rest divides
@@ -97,7 +97,7 @@ class Bench:
     def read(self) -> list[Prompt]:
         """The step's prompts, each with its clip decoded anew."""
         geometry, device = read_geometry(self.cfg.model.path), self.policy.device
-        videos = (load_video(self.clip, SPEC, geometry, device=device) for _ in self.prompts)
+        videos = (to_video(decode_video(self.clip, SPEC, geometry), geometry, device) for _ in self.prompts)
         return [dataclasses.replace(prompt, video=video) for prompt, video in zip(self.prompts, videos)]
 
 
@@ -246,7 +246,8 @@ def make_prompt(policy: Policy, num_prompt: int, clip: Path, side: int) -> Promp
         least = TEXT + SPEC.min_frames // 2 * per_step
         raise SystemExit(f"error: --sizes: a prompt needs at least {least} tokens, got {num_prompt}")
     write_clip(clip, 2 * steps, side)
-    video = load_video(clip, SPEC, read_geometry(clip.parent))
+    geometry = read_geometry(clip.parent)
+    video = to_video(decode_video(clip, SPEC, geometry), geometry)
     text = torch.randint(0, 256, (num_prompt - video.num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     ids = text[:6] + [policy.model.config.video_token_id] * video.num_tokens + text[6:]
     if len(ids) != num_prompt or video.num_tokens != steps * per_step:

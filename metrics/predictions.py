@@ -7,21 +7,19 @@ from typing import Any
 
 from answers import parse_response
 from config import RolloutConfig
-from data import read_ahead
+from data import PromptReader
 from metrics.rows import truth_of
 from policy import Policy
-from prompts import Prompt, PromptBuilder
+from prompts import Prompt
 from records.record import Sample
 from rollout import generate
 from video.readers import VideoError
-from video.workers import Workers
 
 
 def predict(
     policy: Policy,
     batches: Sequence[Sequence[Sample]],
-    builder: PromptBuilder,
-    workers: Workers,
+    reader: PromptReader,
     cfg,
     num_answers: int = 1,
     seed: int | None = None,
@@ -34,7 +32,7 @@ def predict(
     `stand_in` is run for a batch without a readable video, where all processes must make the same calls.
     """
     samples = [sample for batch in batches for sample in batch]
-    loaded = read_ahead(samples, builder, workers, cfg.batch_size + 2 * workers.num)
+    loaded = reader.ahead(samples, cfg.batch_size + 2 * reader.workers.num)
     for batch in batches:
         yield _predict_batch(policy, batch, islice(loaded, len(batch)), cfg, num_answers, seed, stand_in)
 

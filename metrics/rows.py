@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from records import jsonl
+
 TRUTH = ("task", "question", "video", "clip", "options", "answer", "segments", "duration", "type")  # of the record
 
 
@@ -45,15 +47,7 @@ def with_truth(rows: Sequence[Mapping[str, Any]], samples: Mapping[str, Any], pa
 # ---- files ---------------------------------------------------------------------------------------------------------
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file. Raises ValueError naming the row (from 1) that is no JSON object."""
-    rows = []
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append({**json.loads(line)})
-            except (TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"row {number}: not a JSON object ({error})") from error
+    rows = [row for _, row in jsonl.read(path, "row ")]
     if not rows:
         raise ValueError("no rows")
     return rows

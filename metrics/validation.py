@@ -8,17 +8,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from data import read_ahead
+from data import PromptReader
 from metrics.predictions import predict
 from metrics.tasks import MAIN_METRIC, score_predictions
 from model.folder import save_model
 from policy import Policy
-from prompts import Prompt, PromptBuilder
+from prompts import Prompt
 from records.files import read_samples
 from records.record import Sample, source_of
 from runtime.resumable import cut
 from runtime.run import Run, warn
-from video.workers import Workers
 
 
 def spread(samples: Sequence[Sample], num: int) -> list[Sample]:
@@ -82,8 +81,8 @@ class Validator:
     validation set, evenly over tasks and sources; what they share with the training set `train` is a warning.
     """
 
-    def __init__(self, cfg, builder: PromptBuilder, workers: Workers, run: Run, train: Sequence[Sample]):
-        self.cfg, self.builder, self.workers, self.run = cfg, builder, workers, run
+    def __init__(self, cfg, reader: PromptReader, run: Run, train: Sequence[Sample]):
+        self.cfg, self.reader, self.run = cfg, reader, run
         self.state = {"best": run.state.get("best", -1.0)}
         self.samples = []
         if cfg.data.validation and cfg.eval.every:
@@ -121,8 +120,8 @@ class Validator:
         rank, world_size, cfg = self.run.engine.rank, self.run.engine.world_size, self.cfg.eval
         batches, stand_in = cut(self.samples[rank::world_size], cfg.batch_size), None
         if not whole:
-            loaded = read_ahead(self.samples, self.builder, self.workers, 1)
+            loaded = self.reader.ahead(self.samples, 1)
             stand_in = next((prompt for prompt in loaded if isinstance(prompt, Prompt)), None)
             batches += [[]] * (len(cut(self.samples[::world_size], cfg.batch_size)) - len(batches))
-        predicted = predict(policy, batches, self.builder, self.workers, cfg, stand_in=stand_in)
+        predicted = predict(policy, batches, self.reader, cfg, stand_in=stand_in)
         return [row for rows in predicted for row in rows]

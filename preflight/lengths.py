@@ -64,6 +64,8 @@ class RoughTokenizer:
 def measure(
     samples: Sequence[Sample],
     builder: PromptBuilder,
+    spec: VideoConfig,
+    geometry: Geometry,
     manifest: str = "",
     target_text: Callable[[Sample], str] | None = None,
 ) -> tuple[list[Length], str]:
@@ -71,7 +73,7 @@ def measure(
 
     Raises ValueError where not one can be used.
     """
-    plans, source = plan_videos(samples, builder.video, builder.geometry, manifest)
+    plans, source = plan_videos(samples, spec, geometry, manifest)
     lengths = []
     for sample, video in zip(samples, plans, strict=True):
         if video is not None:

@@ -90,8 +90,8 @@ def plan(
     )
     vision = model.vision_config
     geometry = Geometry(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, (), ())
-    builder = PromptBuilder(tokenizer, geometry, cfg.video, cfg.prompt, None)
-    lengths, source = measure(samples, builder, data.manifest, target_text)
+    builder = PromptBuilder(tokenizer, cfg.prompt)
+    lengths, source = measure(samples, builder, cfg.video, geometry, data.manifest, target_text)
     capability = divmod(round(10 * assumed.capability), 10)
     reached = Device(assumed.tflops * 1e12, assumed.bandwidth * 1e12, assumed.launch_us * 1e-6, device, capability)
     tokens, mean, longest = _tokens(lengths, cfg, assumed)

@@ -20,18 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from config import RolloutConfig, flat
-from data import read_ahead
+from data import PromptReader
 from model.attention import make_span
 from policy import Packed, Policy, pack, prompt_positions
 from preflight import kernelcheck
-from prompts import Prompt, PromptBuilder
+from prompts import Prompt
 from records.record import Sample
 from rollout import generate
 from runtime.environment import code_hash
 from runtime.run import Run
 from video.budget import Geometry
 from video.frames import Video
-from video.workers import Workers
 
 NUM_TRIED = 8  # samples until one can be read; what becomes of a run where none can is for the loader to say
 SIZES, PROBE_TOKENS = RolloutConfig(group_size=2, max_new_tokens=8, micro_batch_size=1), 8
@@ -86,8 +85,7 @@ def check_model(
     policy: nn.Module,
     reference: Policy | None,
     samples: Sequence[Sample],
-    builder: PromptBuilder,
-    workers: Workers,
+    reader: PromptReader,
     cfg,
     run: Run,
 ) -> None:
@@ -99,8 +97,8 @@ def check_model(
     if not cfg.run.self_check:
         return
     start, raw, was_training = time.perf_counter(), run.engine.unwrap(policy), policy.training
-    _raise_together([*folder_failures(raw, builder.geometry), *position_failures(raw.model.config)], run)
-    prompt = first_prompt(samples, builder, workers, run.engine.rank)
+    _raise_together([*folder_failures(raw, reader.geometry), *position_failures(raw.model.config)], run)
+    prompt = first_prompt(samples, reader, run.engine.rank)
     if missing := run.engine.sums({"missing": float(prompt is None)})["missing"]:
         if run.is_main:
             print(f"self-check: left out, {missing:.0f} processes found no video to read", file=sys.stderr)
@@ -108,7 +106,8 @@ def check_model(
     policy.eval()
     with run.engine.whole_weights(cfg.model.gather_weights) as whole:
         video_embeds = raw.embed_videos([prompt])
-        _raise_together(count_failures(prompt, len(video_embeds), raw, builder), run)
+        budget = cfg.video.total_pixels // reader.geometry.factor**2
+        _raise_together(count_failures(prompt, len(video_embeds), raw, budget), run)
         _raise_together(attention_failures(raw, len(prompt.ids), ragged_lengths(cfg)), run)
         rollout = generate(raw, [prompt], [video_embeds], SIZES, synced=not whole)
     # text of the prompt is one more completion: unlikely, so its log-probs move where a sure model's own stay at 0
@@ -132,11 +131,10 @@ def check_model(
         print(f"self-check: {names.count(',') + 1} checks in {time.perf_counter() - start:.1f} s ({names})")
 
 
-def first_prompt(samples: Sequence[Sample], builder: PromptBuilder, workers: Workers, rank: int) -> Prompt | None:
+def first_prompt(samples: Sequence[Sample], reader: PromptReader, rank: int) -> Prompt | None:
     """The prompt of sample number `rank`, or of the next one whose video can be read; None after NUM_TRIED of them."""
     mine = [samples[(rank + i) % len(samples)] for i in range(min(NUM_TRIED, len(samples)))]
-    read = read_ahead(mine, builder, workers, window=0)
-    return next((prompt for prompt in read if isinstance(prompt, Prompt)), None)
+    return next((prompt for prompt in reader.ahead(mine, window=0) if isinstance(prompt, Prompt)), None)
 
 
 def folder_failures(policy: Policy, geometry: Geometry) -> Iterator[str]:
@@ -184,10 +182,9 @@ def _shown(positions_3P: Tensor, before: int) -> str:
     return ", ".join([*(f"{name} {axis.unique().tolist()}" for name, axis in axes), f"text at {positions_3P[0, -1]}"])
 
 
-def count_failures(prompt: Prompt, num_embeds: int, policy: Policy, builder: PromptBuilder) -> Iterator[str]:
-    """Whether placeholders, the tower's embeddings and the plan agree, and the plan keeps to its budget."""
+def count_failures(prompt: Prompt, num_embeds: int, policy: Policy, budget: int) -> Iterator[str]:
+    """Whether placeholders, the tower's embeddings and the plan agree, and the plan keeps to its budget of tokens."""
     placeholders, planned = prompt.ids.count(policy.model.config.video_token_id), prompt.video.num_tokens
-    budget = builder.video.total_pixels // builder.geometry.factor**2
     if not placeholders == num_embeds == planned <= budget:
         yield (
             f"token counts: sample {prompt.sample.id} has {placeholders} video placeholders in its prompt, "

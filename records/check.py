@@ -7,11 +7,7 @@ from pathlib import Path
 
 from records import manifest as manifest_io
 from records.files import records_in, sources_of
-from records.record import (
-    BadRecord,
-    Sample,
-    lacks_duration,
-)
+from records.record import BadRecord, Sample, lacks_duration
 
 
 def records_of(source: str, videos: str | None = None) -> list[tuple[str, Sample | BadRecord]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from records import jsonl
 from records.manifest import Manifest
 from records.record import (
     CHAT,
@@ -58,9 +59,8 @@ def read_samples(
         if sample.id in seen:
             raise ValueError(f"{path}: two records with the id {sample.id!r}")
         if sample.task == CHAT and not chat:
-            raise ValueError(
-                f"{path}: {sample.id!r} is a chat record: no answer can be scored by it (train_sft.py alone)"
-            )
+            no = "no answer can be scored by it (train_sft.py alone)"
+            raise ValueError(f"{path}: {sample.id!r} is a chat record: {no}")
         seen.add(sample.id)
     return samples
 
@@ -128,14 +128,14 @@ def _data_sets(path: Path) -> list[dict]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path}: expected a list under the key datasets")
     for i, entry in enumerate(entries):
+        where = f"{path}: datasets[{i}]"
         if not isinstance(entry, dict):
-            raise ValueError(f"{path}: datasets[{i}]: expected json_path and data_folder, got {entry!r}")
+            raise ValueError(f"{where}: expected json_path and data_folder, got {entry!r}")
         for key in ("json_path", "data_folder"):
             if not isinstance(entry.get(key), str):
-                raise ValueError(f"{path}: datasets[{i}]: {key} is missing or not a text")
-        unknown = entry.keys() - {"json_path", "data_folder", "sampling_strategy"}
-        if unknown:
-            raise ValueError(f"{path}: datasets[{i}]: unknown key {min(map(str, unknown))}")
+                raise ValueError(f"{where}: {key} is missing or not a text")
+        if unknown := entry.keys() - {"json_path", "data_folder", "sampling_strategy"}:
+            raise ValueError(f"{where}: unknown key {min(map(str, unknown))}")
     return entries
 
 
@@ -159,9 +159,9 @@ def _subset(samples: list[Sample], strategy: str, where: str, seed: int) -> list
 def _read_file(
     path: Path, folder: Path, out_of_clip: str, known: Manifest | None, need_videos: bool, for_floor: bool = False
 ) -> list[Sample]:
-    samples, clamped, dropped, missing, left_out = [], 0, 0, [], []
+    samples, missing, left_out = [], [], []
+    clamped, dropped, num_without = 0, 0, 0
     durations: dict[tuple, float] = {}  # of files, for records without one
-    num_without = 0
     for row, record, outside, is_there in records_in(path, folder):
         if known is not None and known.drops(f"{path.name}:{row}", record):
             continue
@@ -260,14 +260,14 @@ def _rows(path: Path) -> Iterator[tuple[int, "dict | BadRecord"]]:
     refuse_parquet(path, content)
     if path.suffix == ".json":
         try:
-            records = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
+            records = jsonl.parse(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if not isinstance(records, list):
             raise ValueError(f"{path}: expected a list of records")
         numbered = enumerate(records, 1)
-    else:  # not splitlines: a question may hold U+2028
-        numbered = ((i, _parse(line)) for i, line in enumerate(content.split(b"\n"), 1) if line.strip())
+    else:
+        numbered = ((row, _parse(line)) for row, line in jsonl.lines(content))
     for row, record in numbered:
         if not isinstance(record, dict | BadRecord):
             record = BadRecord(f"expected an object, got {type(record).__name__}")
@@ -278,11 +278,9 @@ def _rows(path: Path) -> Iterator[tuple[int, "dict | BadRecord"]]:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8: {error}")
-    except (ValueError, RecursionError) as error:
-        return BadRecord(f"not valid JSON: {error}")
+        return jsonl.parse(line)
+    except ValueError as error:
+        return BadRecord(str(error))
 
 
 def _is_unicode(record: dict) -> bool:

@@ -1,12 +1,10 @@
 """What is known about each record and its video: found out by `python data.py check`, used through `data.manifest`.
 
-Not a reader of records (data.py) and not a second opinion on a file: video/frames.py says what is wrong with one. A
-manifest is JSON lines, one per record: `row` (file:row), `id`, `path`, `ok`, `reason` (why not ok), `warning`, what the file
-says (`frames`, `duration` in seconds, `fps` on average, `vfr`: frames are not evenly spaced, `width`, `height`,
-`rotation` in degrees, `first_time` in seconds, `codec`), and its `size` and `mtime` (ns), which tell a later change.
+A manifest is JSON lines, one per record: `row` (file:row), `id`, `path`, `ok`, `reason` (why not ok), `warning`, what
+the file says (`frames`, `duration` in seconds, `fps` on average, `vfr`: frames are not evenly spaced, `width`,
+`height`, `rotation` in degrees, `first_time` in seconds, `codec`), and its `size` and `mtime` (ns).
 """
 
-import json
 import os
 import sys
 from collections import Counter
@@ -15,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from records import jsonl
 from records.record import BadRecord, Sample, reason_kind
 from video.workers import CallFailed, Workers
 
@@ -34,17 +33,10 @@ class Manifest:
         self.dropped, self.unknown, self.num_changed = Counter(), [], 0
         if not Path(path).is_file():
             raise FileNotFoundError(f"data.manifest {path} not found; `python data.py check` writes it")
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8: {error}") from None
-        for number, text in enumerate(lines, 1):
-            try:
-                content = json.loads(text)
-                keys = ("row", "id", "path", "ok", "reason", "size", "mtime", *FILE_FIELDS)
-                line = {key: content[key] for key in keys}
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}:{number}: not a line of a manifest: {error!r}") from None
+        for number, line in jsonl.read(path):
+            absent = {"row", "id", "path", "ok", "reason", "size", "mtime", *FILE_FIELDS} - line.keys()
+            if absent:
+                raise ValueError(f"{path}:{number}: not a line of a manifest: no {min(absent)}")
             if line["path"] is None:
                 self._others[line["row"], line["id"]] = line["reason"]
             else:
@@ -149,9 +141,7 @@ def file_state(path: str) -> tuple[int, int] | tuple[None, None]:
 
 def write(lines: Sequence[dict], path: str) -> None:
     """All lines, or nothing: the file appears when it is complete."""
-    aside = f"{path}.tmp"
-    Path(aside).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(aside, path)
+    jsonl.write(path, lines, ensure_ascii=True)  # a path may be no UTF-8
 
 
 def summary(lines: Sequence[dict]) -> Iterator[str]:

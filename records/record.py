@@ -1,7 +1,4 @@
-"""One record of a data set: what may stand in it, and the `Sample` that it becomes.
-
-Not a reader of files (data.py): it sees one dictionary at a time and opens nothing.
-"""
+"""One record of a data set, a dictionary: what may stand in it, and the `Sample` that it becomes."""
 
 import math
 import os
@@ -77,28 +74,21 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
     for key in ("id", "task", "video", "question"):
         if not isinstance(record.get(key), str) or not record[key].strip():
             raise BadRecord(f"{key} is missing or not a text")
-    unknown = set(record) - set(FIELDS)
-    if unknown:
-        raise BadRecord(
-            f"unknown key {sorted(unknown)[0]}; valid are {', '.join(sorted(FIELDS))}; further columns go under extra"
-        )
+    if unknown := set(record) - set(FIELDS):
+        valid = ", ".join(sorted(FIELDS))
+        raise BadRecord(f"unknown key {min(unknown)}; valid are {valid}; further columns go under extra")
     task = record["task"]
     if task not in (*TASKS, CHAT):
         raise BadRecord(f"task must be one of {', '.join((*TASKS, CHAT))}, got {task!r}")
-    clip = _clip(record.get("clip"))
-    duration = record.get("duration")
+    clip, duration, fps = _clip(record.get("clip")), record.get("duration"), record.get("fps")
     if duration is None and clip is not None:
         duration = clip[1] - clip[0]
-    if duration is not None and (not _is_number(duration) or duration <= 0):
-        raise BadRecord(f"duration must be seconds above 0, got {duration!r}")
-    fps = record.get("fps")
-    if fps is not None and (not _is_number(fps) or fps <= 0):
-        raise BadRecord(f"fps must be frames per second above 0, got {fps!r}")
-    for key in ("type", "source"):
+    for key, value, unit in (("duration", duration, "seconds"), ("fps", fps, "frames per second")):
+        if value is not None and (not _is_number(value) or value <= 0):
+            raise BadRecord(f"{key} must be {unit} above 0, got {value!r}")
+    for key in ("type", "source", "response"):
         if not isinstance(record.get(key), str | None):
             raise BadRecord(f"{key} must be a text, got {record[key]!r}")
-    if not isinstance(record.get("response"), str | None):
-        raise BadRecord(f"response must be a text, got {record['response']!r}")
     if task == CHAT and not (record.get("response") or "").strip():
         raise BadRecord("response is missing: a chat record has nothing else to learn from")
     options, answer = _options(record) if task in ("mcqa", "gqa") else (None, None)

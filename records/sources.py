@@ -1,9 +1,8 @@
 """The published annotation formats of benchmarks and training sets: what record one row of each becomes.
 
-Not a reader of files and not the command (convert.py), which lists the rows, repairs, checks and counts. A function
-here gives a record (records/record.py) whose `id` is only its last part (default: the row's number from 0), with
-spans as they were published and under `rules` what had to be decided. It raises BadRecord for a row that cannot be used, and Excluded
-for a sound row that no task of ours can hold.
+convert.py lists the rows, repairs, checks and counts. A function here gives a record (records/record.py) whose `id`
+is only its last part (default: the row's number from 0), with spans as they were published, and under `rules` what had
+to be decided. It raises BadRecord for a row that cannot be used, and Excluded for a sound row that no task can hold.
 """
 
 import re

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from records import jsonl
 from records.record import Sample
 from runtime.run import Run
 
@@ -50,12 +51,10 @@ class DoneBatches:
 
     def _read(self) -> None:
         for path in lines_files(self.run, self.name):
-            whole, _, torn = path.read_bytes().rpartition(b"\n")
-            if torn:
-                os.truncate(path, len(whole) + 1 if whole else 0)
-            for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            for number, content in jsonl.read(path):
                 try:
-                    self._take(json.loads(line))
+                    self._take(content)
                 except (ValueError, TypeError, LookupError, AttributeError) as error:
                     reason = str(error) if type(error) is ValueError else f"not a line of {self.name} ({error!r})"
                     raise ValueError(f"{path}:{number}: {reason}") from None
@@ -75,7 +74,7 @@ class DoneBatches:
         self.rows[number] = rows
         with open(self.path, "a", encoding="utf-8") as file:
             content = {"batch": number, "by": self.by, "rows": rows}
-            file.write(json.dumps(content, ensure_ascii=False) + "\n")
+            file.write(jsonl.text_of([content]))
 
     def gather(self) -> list[dict]:
         """The rows of all batches of all processes, in the order of the data; the last one to be done is waited for."""

@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from config import flat
+from records import jsonl
 from runtime.checkpoint import (
     append_whole,
     cut_back,
@@ -40,7 +41,8 @@ from runtime.signals import StopRequest, command, handled, is_launched
 UNUSED = {"config.yaml", "env.json", "config.yaml.tmp", "env.json.tmp", "logs", "lock", "report.html"}  # without a step
 UNUSED |= {"reward_error.txt"}  # a function that failed in the first step is mended, and the command given again
 ROWS = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")  # cut back to the checkpoint by a resume
-MAY_CHANGE = {"data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one resume to the next
+MAY_CHANGE = {"data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one start to the next
+MAY_CHANGE |= {"data.cache_dir", "data.cache_gib"}
 MAY_CHANGE |= {"run.steps", "run.save_every", "run.keep_checkpoints", "run.print_every"}
 MAY_CHANGE |= {"run.max_skipped", "run.max_first_grad_norm", "run.timeout", "run.self_check"}
 
@@ -173,8 +175,7 @@ class Run:
 
     def append(self, name: str, rows: Sequence[dict]) -> None:
         """Append rows to a .jsonl of the folder, which a resume cuts back by their `step`. Main process only acts."""
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._try_to_write(lambda: append_whole(self.dir / name, "".join(lines)))
+        self._try_to_write(lambda: append_whole(self.dir / name, jsonl.text_of(rows)))
 
     def _try_to_write(self, action: Callable[[], None]) -> None:
         """On the main process; once that has failed (a full disk), no more is tried, and `save_due` ends the run."""
@@ -187,8 +188,7 @@ class Run:
     def rows(self, name: str) -> list[dict]:
         """The rows of a .jsonl of the folder; none where it is not there."""
         path = self.dir / name
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        return [row for _, row in jsonl.read(path, torn=True)] if path.is_file() else []
 
     def prepare(self, model, optimizer, grad_clip: float):
         """Model and optimizer for the engine at hand, back at the checkpoint when resuming."""

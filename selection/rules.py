@@ -1,8 +1,8 @@
-"""Which scored items to train on: the rules, the budget, and what is shown of them. Nothing to run.
+"""Which scored items to train on: the rules, the budget, and what is shown of them.
 
-Not a sampler (select_data.py): an item comes with the rewards of its K responses. A reward here is the task's own,
-without the format: IoU for tvg, right or wrong for mcqa, the mean of both for gqa (`rewards.task_reward`); its standard
-deviation is the one that training calls a group dead by (`grpo.group_std`). The rules, `select.rule`:
+An item comes with the rewards of its K responses. A reward here is the task's own, without the format: IoU for tvg,
+right or wrong for mcqa, the mean of both for gqa (`rewards.task_reward`). Its standard deviation is the one that
+training calls a group dead by (`grpo.group_std`). The rules, `select.rule`:
 
     mixed         the paper's (arXiv 2506.01908): rewards differ; for tvg and gqa their standard deviation is at least
                   min_std and the best of them at least min_best
@@ -57,10 +57,6 @@ class Item:
         rewards = tuple(row.get("rewards", ()))
         parsed = row.get("parse_fail", 0) < max(1, len(rewards))
         return Item(row["id"], row["task"], row["source"], rewards, parsed, row.get("error", ""))
-
-    @property
-    def stratum(self) -> tuple[str, str]:
-        return self.task, self.source
 
     @cached_property
     def mean(self) -> float:
@@ -134,7 +130,7 @@ def within_budget(items: Sequence[Item], passed: Sequence[int], cfg) -> set[int]
     by_std = cfg.rule in NEED_VARIANCE
     strata: dict[tuple[str, str], list[int]] = {}
     for i in sorted(passed, key=lambda i: (-items[i].std if by_std else 0.0, drawn[i])):
-        strata.setdefault(items[i].stratum, []).append(i)
+        strata.setdefault((items[i].task, items[i].source), []).append(i)
     names = sorted(strata)
     shares = largest_remainder([len(strata[name]) for name in names], cfg.budget)
     return {i for name, share in zip(names, shares) for i in strata[name][:share]}
@@ -159,7 +155,7 @@ def counts_by_stratum(items: Sequence[Item], reasons: Sequence[str]) -> dict[str
     """{"task/source": {"items", "kept" and each of `REASONS`: how many}}, and "all" of them last."""
     counts: dict[str, Counter] = {}
     for item, why in zip(items, reasons, strict=True):
-        for name in ("/".join(filter(None, item.stratum)), "all"):
+        for name in ("/".join(filter(None, (item.task, item.source))), "all"):
             counts.setdefault(name, Counter()).update(["items", why or "kept"])
     return {
         name: {key: counts[name][key] for key in ("items", "kept", *REASONS)}

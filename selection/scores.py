@@ -1,7 +1,7 @@
 """Files of scores: what is written as items are scored, what a finished file may hold, and what it was made with.
 
-Not a judge of items (selection/rules.py). A row has `id`, `task`, `source` and either `rewards`, one of each response
-from 0 to 1, or the `error` of its video; what else select_data.py writes into one is for people. Nothing to run.
+A row has `id`, `task`, `source` and either `rewards`, one of each response from 0 to 1, or the `error` of its video.
+What else select_data.py writes into one is for people.
 """
 
 import hashlib
@@ -12,28 +12,13 @@ from typing import Any
 
 import yaml
 
-from data import NUM_LISTED
 from model.folder import weights_hash
+from records import jsonl
 from records.record import Sample, source_of
 from runtime.run import config_differences
 
 SCORES = "scores.jsonl"
 MADE_WITH = ("model", "video", "prompt", "rollout", "rewards")  # sections that the statistics depend on
-
-
-def check_readable(rows: Sequence[dict], num_samples: int, max_bad_share: float) -> None:
-    """Raises ValueError when more of the data than this share cannot be read."""
-    bad = [row for row in rows if "error" in row]
-    if len(bad) > max_bad_share * num_samples:
-        listed = "; ".join(f"{row['id']}, {row['error']}" for row in bad[:NUM_LISTED])
-        raise ValueError(
-            f"{len(bad)} of the {num_samples} videos cannot be read, more than data.max_bad_share={max_bad_share:g} of "
-            f"them; the first: {listed}"
-        )
-
-
-def lines_of(rows: Sequence[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def head_of(sample: Sample) -> dict[str, str]:
@@ -52,11 +37,9 @@ def read_scores(path: Path, samples: Sequence[Sample]) -> list[dict]:
         raise FileNotFoundError(f"select.scores {path} not found")
     known = {sample.id: head_of(sample)["item"] for sample in samples}
     rows: dict[str, dict] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, content in jsonl.read(path):
         try:
-            row = _checked(json.loads(line))
+            row = _checked(content)
             if row["id"] in rows:
                 raise ValueError(f"the id {row['id']!r} stands in a row before it")
             if row["id"] not in known:
@@ -72,10 +55,10 @@ def read_scores(path: Path, samples: Sequence[Sample]) -> list[dict]:
     return [rows[sample.id] | head_of(sample) for sample in samples]
 
 
-def _checked(row: Any) -> dict:
+def _checked(row: dict[str, Any]) -> dict[str, Any]:
     """A row with `id`, and with an `error` or `rewards`, which `extra.difficulty` may stand for."""
-    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
-        raise ValueError("expected an object with a text under id")
+    if not isinstance(row.get("id"), str):
+        raise ValueError("id is missing or not a text")
     if not isinstance(row.get("parse_fail", 0), int):
         raise ValueError("parse_fail must be a whole number")
     if isinstance(row.get("error"), str) and row["error"]:
@@ -103,9 +86,8 @@ def origin(path: Path, config_yaml: str, allowed: Sequence[str]) -> dict[str, An
         print(f"{path}: no config.yaml beside it, so nobody knows which model and video specification made it")
         return {}
     differing = config_differences(beside, config_yaml)
-    keys = [key for key in differing if key.partition(".")[0] in MADE_WITH]
-    free = {"rollout.group_size", "rollout.micro_batch_size"}
-    keys = [key for key in keys if key not in free and not {key, key.partition(".")[0]} & set(allowed)]
+    free, sections = {"rollout.group_size", "rollout.micro_batch_size", *allowed}, set(MADE_WITH) - set(allowed)
+    keys = [key for key in differing if key not in free and key.partition(".")[0] in sections]
     if keys:
         raise ValueError(
             f"{path} was made with another {', '.join(differing[key] for key in keys)}; "

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from video.budget import Geometry
+from video.frames import Video, decode_video, to_video
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 VIDEOS = SHARED / "data" / "videos"
@@ -99,3 +100,8 @@ def sequential_decode(path: Path, wanted=None) -> np.ndarray:
     with av.open(str(path)) as container:
         frames = enumerate(container.decode(container.streams.best("video")))
         return np.stack([f.to_ndarray(format="rgb24") for i, f in frames if wanted is None or i in wanted])
+
+
+def load_video(path, spec, geometry, clip=None, cache=None, fps=None) -> Video:
+    """The whole way: patches of a video."""
+    return to_video(decode_video(path, spec, geometry, clip, fps, cache), geometry)

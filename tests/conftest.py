@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import config
+import data
 import prompts
 import tiny
 import train_sft
@@ -18,7 +19,7 @@ from groups import GroupRewards, Scores
 from policy import Policy, load_policy
 from records import files
 from runtime.run import Run
-from video import budget, frames
+from video import frames
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
@@ -78,10 +79,16 @@ def make_cfg(world: Path, tmp_path: Path, *overrides: str) -> config.GrpoConfig:
 
 def make_prompts(world: Path, policy: Policy, num: int = 3, name: str = "mix_train") -> list[prompts.Prompt]:
     """Prompts of unequal length: several tasks, clips of several durations."""
-    geometry, wording = budget.read_geometry(str(world / "model")), config.PromptConfig(**PROMPT)
-    builder = prompts.PromptBuilder(policy.tokenizer, geometry, config.VideoConfig(), wording, None)
     samples = files.read_samples(str(world / f"{name}.yaml"))
-    return [builder(sample) for sample in samples[:: max(1, len(samples) // num)][:num]]
+    return read_prompts(world, policy.tokenizer, samples[:: max(1, len(samples) // num)][:num], **PROMPT)
+
+
+def read_prompts(world: Path, tokenizer, samples, video=None, **prompt) -> list[prompts.Prompt]:
+    """The samples' prompts, read in this process."""
+    model, asked = config.ModelConfig(path=str(world / "model")), config.DataConfig(workers=0, cache_dir="")
+    wording, video = config.PromptConfig(**prompt), video or config.VideoConfig()
+    cfg = config.GrpoConfig(model=model, data=asked, video=video, prompt=wording)
+    return list(data.make_reader(cfg, tokenizer, "cpu").ahead(samples, 0))
 
 
 def write_data(world: Path, folder: Path, num: int, bad: dict[int, bytes | str]) -> str:

@@ -2,14 +2,14 @@
 
 from failing import fail_as_named
 
-import prompts
+import data
 from video import frames
 
-decode, check = prompts.decode_sample, frames.check_video
+decode, check = data.decode_sample, frames.check_video
 
 
 def decode_sample(sample, **rest):
-    """In the place of prompts.decode_sample."""
+    """In the place of data.decode_sample."""
     fail_as_named(sample.video)
     return decode(sample, **rest)
 

@@ -559,7 +559,7 @@ def test_options_that_do_not_fit(tmp_path, durations):
     for out, reason in (
         ("out.json", "must end in .jsonl"),
         ("q.jsonl", "is one of the annotation files"),
-        ("folder.jsonl", "Is a directory"),
+        ("folder.jsonl", "is a folder"),
     ):
         own = write(tmp_path / "q.jsonl", QVH)
         with pytest.raises(SystemExit, match=reason):

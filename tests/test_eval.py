@@ -159,8 +159,8 @@ def test_going_on_with_other_questions_or_another_config_is_refused(world, tmp_p
     for content, reason in (
         (answered.replace(question.encode(), b"another one", 1), "batch 0 is of other samples than"),
         (b'{"batch": 0}\n', "not a line of answers"),
-        (b"[]\n", "not a line of answers"),
-        (b"{\n", "not a line of answers"),
+        (b"[]\n", "expected an object, got list"),
+        (b"{\n", "not valid JSON"),
     ):
         part.write_bytes(content)
         with pytest.raises(SystemExit, match=f"answers.0.jsonl:1: {reason}"):
@@ -184,7 +184,7 @@ def test_a_video_that_could_not_be_read_is_tried_again(world, tmp_path, monkeypa
 
 def test_too_many_unreadable_videos_end_an_evaluation(world, tmp_path):
     data = write_data(world, tmp_path / "data", 12, dict.fromkeys(range(11), b"no video"))
-    with pytest.raises(SystemExit, match=r"error: 11 videos could not be read \(data.max_bad_share\), the first: r0, "):
+    with pytest.raises(SystemExit, match=r"error: 11 of the 12 .* data.max_bad_share=0.1 of them; the first: r0, "):
         eval.main(args_of(world, tmp_path / "x", f"data.test={data}", "eval.batch_size=12"))
 
 

@@ -41,15 +41,15 @@ for name in sys.argv[2:]:
 import config, policy, prompts, rollout, tiny
 from records.record import Sample
 from video.budget import read_geometry
-from video.frames import Frames
+from video.frames import Frames, to_video
 
 folder = pathlib.Path(sys.argv[1])
 tiny.write_model(folder, seed=0, family="qwen2_5_vl")
 policy = policy.load_policy(config.ModelConfig(path=str(folder)))
-spec, wording = config.VideoConfig(), config.PromptConfig()
-builder = prompts.PromptBuilder(policy.tokenizer, read_geometry(str(folder)), spec, wording, None)
+builder = prompts.PromptBuilder(policy.tokenizer, config.PromptConfig())
 frames = Frames(np.zeros((4, 3, 28, 56), np.uint8), np.arange(4) / 2, 1.0, 0)
-prompt = builder.prompt(Sample("a", "tvg", "", "When is the red square visible?"), frames)
+video = to_video(frames, read_geometry(str(folder)))
+prompt = builder(Sample("a", "tvg", "", "When is the red square visible?"), video)
 rollout.generate(policy, [prompt], policy.embed_each([prompt]), config.RolloutConfig(2, 1.0, 3, 1))
 """
 

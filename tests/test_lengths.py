@@ -27,10 +27,8 @@ SPECS = {
 }
 
 
-def make_builder(world: Path, tokenizer=None, spec=None) -> PromptBuilder:
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(world / "model")
-    geometry = read_geometry(str(world / "model"))
-    return PromptBuilder(tokenizer, geometry, spec or config.VideoConfig(), config.PromptConfig(**PROMPT), None)
+def make_builder(world: Path, tokenizer=None) -> PromptBuilder:
+    return PromptBuilder(tokenizer or AutoTokenizer.from_pretrained(world / "model"), config.PromptConfig(**PROMPT))
 
 
 def loaded(sample: Sample, spec) -> tuple | None:
@@ -74,7 +72,9 @@ def test_whole_prompts_are_the_loaders(world):
     """Text, placeholders and video of several tasks, in the tiny world."""
     policy = make_policy(world)
     prompts = make_prompts(world, policy, num=12)
-    found, source = measure([prompt.sample for prompt in prompts], make_builder(world, policy.tokenizer))
+    found, source = measure(
+        [prompt.sample for prompt in prompts], make_builder(world, policy.tokenizer), config.VideoConfig(), QWEN2
+    )
     assert [length.prompt for length in found] == [len(prompt.ids) for prompt in prompts]
     assert [length.before for length in found] == [prompt.video_start for prompt in prompts]
     assert [(length.video, length.grid_thw) for length in found] == [
@@ -113,7 +113,7 @@ def test_records_alone_will_do(tmp_path):
         "is there; 1 records left out: neither a duration in the record nor a file"
     )
     with pytest.raises(ValueError, match="no record's video has a known length: 1 records left out"):
-        measure(samples[3:], PromptBuilder(RoughTokenizer(9), QWEN2, Spec(), config.PromptConfig(), None))
+        measure(samples[3:], PromptBuilder(RoughTokenizer(9), config.PromptConfig()), Spec(), QWEN2)
 
 
 def test_most_files_are_not_opened(world, monkeypatch):
@@ -130,7 +130,7 @@ def test_most_files_are_not_opened(world, monkeypatch):
 def test_the_response_to_imitate_is_counted_with_its_end(world):
     builder = make_builder(world)
     (sample,) = read_samples(str(world / "tvg_train.yaml"))[:1]
-    (length,), _ = measure([sample], builder, target_text=lambda sample: "<answer>1 to 2</answer>")
+    (length,), _ = measure([sample], builder, Spec(), QWEN2, target_text=lambda sample: "<answer>1 to 2</answer>")
     assert length.target == len(builder.tokenizer("<answer>1 to 2</answer>").input_ids) + 1
 
 

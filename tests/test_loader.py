@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import config
+import data as data_room
 import eval as evaluation
-import prompts
 import train_grpo
 import train_sft
-from data import Loader, Order, batch_indices, spare_indices
+from data import Loader, Order, PromptReader, batch_indices, spare_indices
 from records.record import Sample
 from video.readers import VideoError
 from video.workers import Call, CallFailed
@@ -64,6 +64,11 @@ class FakeWorkers:
         return sample.id
 
 
+class FakeReader(PromptReader):
+    def prompt(self, sample, frames):
+        return sample.id, frames
+
+
 class FakeRun:
     """One of several processes, as far as a loader asks."""
 
@@ -81,8 +86,8 @@ class FakeRun:
 def make_loader(tmp_path, workers, num=20, batch_size=4, steps=10, run=None, **data) -> Loader:
     samples = [Sample(f"r{i}", "tvg", f"{i}.mp4", "when?") for i in range(num)]
     cfg = config.GrpoConfig(run=config.RunConfig(steps=steps), data=config.DataConfig(batch_size=batch_size, **data))
-    builder = SimpleNamespace(prompt=lambda sample, frames: (sample.id, frames))
-    return Loader(samples, builder, workers, cfg, run or FakeRun(tmp_path), train_grpo.Clock())
+    reader = FakeReader(None, workers, None, "exact", "cpu")
+    return Loader(samples, reader, cfg, run or FakeRun(tmp_path), train_grpo.Clock())
 
 
 def names(indices) -> list[str]:
@@ -394,7 +399,7 @@ def test_broken_files_change_nothing_in_how_a_run_resumes(world, taught, tmp_pat
 
 @pytest.mark.parametrize("ending", ["killed", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_run_goes_on_when_a_reader_kills_its_process(world, tmp_path, monkeypatch, capfd, ending):
-    monkeypatch.setattr(prompts, "decode_sample", failing_readers.decode_sample)
+    monkeypatch.setattr(data_room, "decode_sample", failing_readers.decode_sample)
     data = write_data(world, tmp_path / "data", 12, {2: ending, 9: ending})
     names = (f"data.train={data}", "data.workers=2", "data.decode_timeout=3", "run.steps=6", "data.max_bad_share=0.5")
     train_sft.train(sft_cfg(world, tmp_path, *names))
@@ -406,7 +411,7 @@ def test_a_run_goes_on_when_a_reader_kills_its_process(world, tmp_path, monkeypa
 
 
 def test_a_bug_in_a_reader_is_no_bad_sample(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "decode_sample", failing_readers.decode_sample)
+    monkeypatch.setattr(data_room, "decode_sample", failing_readers.decode_sample)
     data = write_data(world, tmp_path / "data", 4, {1: "raises"})
     with pytest.raises(KeyError):
         train_sft.train(sft_cfg(world, tmp_path, f"data.train={data}", "data.batch_size=4", "run.steps=1"))

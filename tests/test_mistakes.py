@@ -231,7 +231,7 @@ MISTAKES = [
     ("manifest", "train_grpo data.manifest=nowhere.jsonl", ["data.manifest nowhere.jsonl", "python data.py check"]),
     ("manifest", "train_grpo data.manifest=manifest.jsonl", ["manifest.jsonl:1: not a line of a manifest"]),
     ("manifest", "train_grpo data.manifest=other.jsonl", ["other.jsonl does not know", "python data.py check"]),
-    ("manifest", "train_grpo data.manifest=latin_manifest.jsonl", ["latin_manifest.jsonl: not UTF-8"]),
+    ("manifest", "train_grpo data.manifest=latin_manifest.jsonl", ["latin_manifest.jsonl:1: not UTF-8"]),
     # models
     ("model", "train_grpo model.path=gone/for/good", ["model.path gone/for/good: no such folder; give"]),
     ("model", "train_grpo model.path=", ["model.path : no such folder; give"]),

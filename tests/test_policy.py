@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import config
+from data import make_reader
 from model.folder import save_model
 from model.positions import rope_positions
 from policy import load_policy, pack, packed_logps, prompt_positions
 from preflight.dryrun import META, Call, Device, DryRun, meta_policy, score, update
-from prompts import make_builder, time_step
 from records.files import read_samples
 from video import frames
+from video.budget import seen_step
 from video.frames import patchify
 
 MROPE = json.loads((Path(__file__).parent / "golden" / "mrope.json").read_text())
@@ -114,7 +115,7 @@ def test_rope_positions_are_those_of_the_released_models(case):
     """That code rounds the time step down to whole seconds (`video.time_step=whole_seconds`)."""
     segments = []
     for segment in case["segments"]:
-        step = time_step(segment.get("second_per_grid_ts", 1.0), "whole_seconds")
+        step = seen_step(segment.get("second_per_grid_ts", 1.0), "whole_seconds")
         segments.append(segment["text"] if "text" in segment else (*segment["video"], step))
     positions, after = rope_positions(segments, case["spatial_merge_size"], case["tokens_per_second"])
     assert positions.tolist() == case["position_ids"]
@@ -123,7 +124,7 @@ def test_rope_positions_are_those_of_the_released_models(case):
 
 def test_the_exact_time_step_keeps_fractions_of_a_second():
     """Half a second a step at 2 positions a second: 0, 1, 2, 3; 1.3 s: floor of 0, 2.6, 5.2, 7.8."""
-    assert time_step(0.5, "exact") == 0.5
+    assert seen_step(0.5, "exact") == 0.5
     assert rope_positions([(4, 2, 2, 0.5)], 2, 2)[0][0].tolist() == [0, 1, 2, 3]
     assert rope_positions([(4, 2, 2, 1.3)], 2, 2)[0][0].tolist() == [0, 2, 5, 7]
     assert rope_positions([(4, 2, 2, 1.3)], 2, None)[0][0].tolist() == [0, 1, 2, 3]
@@ -190,10 +191,10 @@ def test_a_step_sends_frames_to_the_device_once_and_as_bytes(world, tmp_path, mo
     cfg = make_cfg(world, tmp_path, "model.freeze_vision=false")
     model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoConfig, AutoTokenizer))
     policy, reference = (meta_policy(cfg.model, model, tokenizer) for _ in range(2))
-    builder = make_builder(cfg, tokenizer, META)
-    decoded = [(sample, builder.decode(sample)) for sample in read_samples(cfg.data.train)[:3]]
+    reader = make_reader(cfg, tokenizer, META)
+    decoded = [(sample, reader.workers.function(sample)) for sample in read_samples(cfg.data.train)[:3]]
     with Copies() as copies, DryRun(Device(1e12, 1e12, 1e-5)) as run:
-        prompts = [builder.prompt(*pair) for pair in decoded]
+        prompts = [reader.prompt(*pair) for pair in decoded]
         policy.embed_each(prompts)
         score(run, reference, Call(prompts, (), 2, 3, 1))
         update(run, policy, Call(prompts, (), 2, 3, 1), entropy_grad=False, keep_gradients=False)

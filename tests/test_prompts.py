@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from conftest import PROMPT
+from conftest import PROMPT, read_prompts
 from transformers import AutoTokenizer
 
 from config import PLAIN, THINK, PromptConfig, VideoConfig
-from prompts import PromptBuilder, time_step, user_text
+from prompts import Prompt, user_text
 from records.files import read_samples
 from records.record import Sample
-from video.budget import read_geometry
+from video.budget import seen_step
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,8 @@ def tokenizer(world):
     return AutoTokenizer.from_pretrained(world / "model")
 
 
-def builder(world, tokenizer, video: VideoConfig | None = None, **prompt) -> PromptBuilder:
-    geometry = read_geometry(str(world / "model"))
-    return PromptBuilder(tokenizer, geometry, video or VideoConfig(), PromptConfig(**prompt), None)
+def prompt_of(sample: Sample, world, tokenizer, video: VideoConfig | None = None, **prompt) -> Prompt:
+    return read_prompts(world, tokenizer, [sample], video, **prompt)[0]
 
 
 def samples_by_task(world) -> dict[str, Sample]:
@@ -29,10 +28,9 @@ def samples_by_task(world) -> dict[str, Sample]:
 
 def test_placeholders_are_the_tokens_of_the_video(world, tokenizer):
     pad = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    build = builder(world, tokenizer, **PROMPT)
     counts = set()
     for sample in read_samples(str(world / "mix_train.yaml"))[::5]:
-        prompt = build(sample)
+        prompt = prompt_of(sample, world, tokenizer, **PROMPT)
         num, start = prompt.video.num_tokens, prompt.video_start
         t, h, w = prompt.video.grid_thw
         assert num == t * h * w // 4 == len(prompt.video.patches) // 4
@@ -40,7 +38,7 @@ def test_placeholders_are_the_tokens_of_the_video(world, tokenizer):
         around = tokenizer.convert_ids_to_tokens([prompt.ids[start - 1], prompt.ids[start + num]])
         assert around == ["<|vision_start|>", "<|vision_end|>"]
         text = tokenizer.decode(prompt.ids[:start] + prompt.ids[start + num :])
-        assert text.endswith(f"{user_text(sample, build.wording)}<|im_end|>\n<|im_start|>assistant\n")
+        assert text.endswith(f"{user_text(sample, PromptConfig(**PROMPT))}<|im_end|>\n<|im_start|>assistant\n")
         counts.add(num)
     assert len(counts) > 2
 
@@ -48,11 +46,11 @@ def test_placeholders_are_the_tokens_of_the_video(world, tokenizer):
 @pytest.mark.parametrize(("think", "words"), [(True, THINK), (False, PLAIN)])
 def test_the_system_turn_follows_the_mode(world, tokenizer, think, words):
     sample = samples_by_task(world)["tvg"]
-    text = tokenizer.decode(builder(world, tokenizer, think=think)(sample).ids)
+    text = tokenizer.decode(prompt_of(sample, world, tokenizer, think=think).ids)
     assert text.startswith(f"<|im_start|>system\n{words}<|im_end|>\n<|im_start|>user\n<|vision_start|>")
     assert sample.question in text
     other = {"think": think, "system_think" if think else "system_plain": ""}
-    without = builder(world, tokenizer, **other)(sample)
+    without = prompt_of(sample, world, tokenizer, **other)
     assert tokenizer.decode(without.ids).startswith("<|im_start|>user\n<|vision_start|>") and without.video_start == 4
 
 
@@ -60,7 +58,7 @@ def test_the_system_turn_follows_the_mode(world, tokenizer, think, words):
 def test_a_chat_record_is_asked_as_it_is(world, tokenizer, think):
     """Without the system turn, which asks for an answer block that the response to imitate does not have."""
     sample = replace(samples_by_task(world)["tvg"], task="chat", question="Why {question}?", response="So.")
-    text = tokenizer.decode(builder(world, tokenizer, think=think)(sample).ids)
+    text = tokenizer.decode(prompt_of(sample, world, tokenizer, think=think).ids)
     assert text.startswith("<|im_start|>user\n<|vision_start|>")
     assert text.endswith("<|vision_end|>Why {question}?<|im_end|>\n<|im_start|>assistant\n")
 
@@ -87,7 +85,7 @@ def test_long_prompts_are_never_cut(world, tokenizer):
     """A question past the tokenizer's model_max_length, after a video of its full length."""
     sample = samples_by_task(world)["tvg"]
     question = "when does it happen " * 9000
-    prompt = builder(world, tokenizer, **PROMPT)(replace(sample, question=question.strip()))
+    prompt = prompt_of(replace(sample, question=question.strip()), world, tokenizer, **PROMPT)
     assert len(prompt.ids) > tokenizer.model_max_length
     assert question.strip() in tokenizer.decode(prompt.ids)
     assert prompt.ids.count(tokenizer.convert_tokens_to_ids("<|video_pad|>")) == prompt.video.num_tokens
@@ -96,13 +94,13 @@ def test_long_prompts_are_never_cut(world, tokenizer):
 def test_a_placeholder_in_a_question_is_an_error(world, tokenizer):
     sample = replace(samples_by_task(world)["tvg"], question="what is <|video_pad|> ?")
     with pytest.raises(ValueError, match=rf"sample {sample.id}: the chat template gives 2 video placeholders, not one"):
-        builder(world, tokenizer)(sample)
+        prompt_of(sample, world, tokenizer)
 
 
 def test_the_budget_bounds_the_placeholders(world, tokenizer):
     sample = max(read_samples(str(world / "mix_train.yaml")), key=lambda sample: sample.duration)
     small = VideoConfig(total_pixels=16 * 28 * 28)
-    whole, cut = (builder(world, tokenizer, video, **PROMPT)(sample) for video in (VideoConfig(), small))
+    whole, cut = (prompt_of(sample, world, tokenizer, video, **PROMPT) for video in (VideoConfig(), small))
     assert cut.video.num_tokens <= 16 < whole.video.num_tokens
     assert len(whole.ids) - len(cut.ids) == whole.video.num_tokens - cut.video.num_tokens
     assert cut.video.frames_cut > 0 == whole.video.frames_cut
@@ -110,11 +108,11 @@ def test_the_budget_bounds_the_placeholders(world, tokenizer):
 
 def test_time_step(world, tokenizer):
     """Half a second a frame makes steps of about 1 s; rounded down to whole seconds, 0.9 s would be none at all."""
-    assert [time_step(value, "exact") for value in (0.5, 0.97, 2.3)] == [0.5, 0.97, 2.3]
-    assert [time_step(value, "whole_seconds") for value in (0.5, 0.97, 1.0, 2.3)] == [0.0, 0.0, 1.0, 2.0]
+    assert [seen_step(value, "exact") for value in (0.5, 0.97, 2.3)] == [0.5, 0.97, 2.3]
+    assert [seen_step(value, "whole_seconds") for value in (0.5, 0.97, 1.0, 2.3)] == [0.0, 0.0, 1.0, 2.0]
     sample = samples_by_task(world)["tvg"]
-    exact = builder(world, tokenizer, **PROMPT)(sample).video
-    whole = builder(world, tokenizer, VideoConfig(time_step="whole_seconds"), **PROMPT)(sample).video
+    exact = prompt_of(sample, world, tokenizer, **PROMPT).video
+    whole = prompt_of(sample, world, tokenizer, VideoConfig(time_step="whole_seconds"), **PROMPT).video
     times = exact.frame_times
     assert exact.second_per_grid == pytest.approx(2 * (times[-1] - times[0]) / (len(times) - 1))
     assert whole.second_per_grid == int(exact.second_per_grid)

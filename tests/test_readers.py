@@ -292,7 +292,8 @@ def test_decoders_print_nothing():
     script = f"""
 import pathlib
 from clips import QWEN2, Spec
-from video import VideoError, check_video, decode_video
+from video.frames import check_video, decode_video
+from video.readers import VideoError
 for path in sorted(pathlib.Path({str(VIDEOS)!r}).glob("*/*")):
     check_video(path)
     try:

@@ -41,9 +41,9 @@ def test_score_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
-        ("{", "row 2: not a JSON object"),
-        ('\n\n"x"', "row 4: not a JSON object"),  # blank lines are passed over
-        ("[1]", "row 2: not a JSON object"),
+        ("{", "row 2: not valid JSON"),
+        ('\n\n"x"', "row 4: expected an object"),  # blank lines are passed over
+        ("[1]", "row 2: expected an object"),
         (json.dumps({"task": "tvg"}), "row 2: key 'id'"),
         (
             json.dumps({"id": 7, "task": "tvg", "pred_segments": [[1, 2]], "segments": [[1, 2]]}),

@@ -180,9 +180,10 @@ def test_parse_failures_are_answers_that_cannot_be_read():
 KILLED = """
 import os, signal, sys
 import select_data
+from records import jsonl
 from runtime.resumable import DoneBatches
 places, argv = sys.argv[1].split(","), sys.argv[2:]
-add, write_text, num = DoneBatches.add, select_data.write_text, 0
+add, write_text, num = DoneBatches.add, jsonl.write_text, 0
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 def killed_add(self, number, rows):
@@ -202,7 +203,7 @@ def killed_write(path, text):
     write_text(path, text)
     if where == "merged" and path.name == "scores.jsonl":
         die()
-DoneBatches.add, select_data.write_text = killed_add, killed_write
+DoneBatches.add, jsonl.write_text = killed_add, killed_write
 for where in places:
     if os.fork() == 0:
         select_data.main(argv)
@@ -453,7 +454,7 @@ def test_bad_input_is_named(train, tmp_path, overrides, named):
     ("line", "told"),
     [
         ('{"id": "b", "rewards": [0.1', ":2: "),
-        ('["b"]', ":2: expected an object with a text under id"),
+        ('["b"]', ":2: expected an object, got list"),
         ('{"id": "a", "rewards": [0.5]}', ":2: the id 'a' stands in a row before it"),
         ('{"id": "x", "rewards": [0.5]}', ":2: the id 'x' is not in data.train"),
         ('{"id": "b", "rewards": []}', ":2: rewards must be a list of numbers from 0 to 1"),
@@ -487,8 +488,9 @@ def test_an_untrained_model_answers_nothing(world, train, tmp_path):
 def test_videos_that_cannot_be_read_end_it_past_a_share_only(world, model, tmp_path):
     """And what was done until then is kept, for a second try with another limit."""
     train = f"data.train={write_data(world, tmp_path / 'data', 12, {1: b'', 2: b'text', 9: b''})}"
-    message = fails(arguments(tmp_path, model, train))
-    assert "of the 12 videos cannot be read, more than data.max_bad_share=0.1" in message and "r1, " in message
+    message = fails(arguments(tmp_path, model, train, "data.max_bad_share=0.005"))
+    assert "of the 12 samples asked for could not be read, more than data.max_bad_share=0.005" in message
+    assert "r1, " in message
     select_data.main(arguments(tmp_path, model, train, "data.max_bad_share=0.3"))
     rows = read_jsonl(tmp_path / "run" / "rejected.jsonl")
     assert [row["id"] for row in rows if row["reason"] == "unreadable"] == ["r1", "r2", "r9"]

@@ -19,12 +19,11 @@ import rollout
 import select_data
 import train_grpo
 import train_sft
-from data import make_workers
+from data import make_reader
 from model import attention
 from model.positions import rope_positions
 from policy import Policy, load_policy
 from preflight import selfcheck
-from prompts import make_builder
 from records import files
 
 TEXT = b"this is no video\n" * 100
@@ -35,12 +34,12 @@ def check(world, tmp_path, policy, reference=None, train="", total_pixels=None) 
     """`check_model` on the first sample of a data set; it may draw nothing random."""
     cfg = make_cfg(world, tmp_path, "run.self_check=true", f"data.train={train or f'{world}/tvg_train.yaml'}")
     samples, run = files.read_samples(cfg.data.train), open_run(cfg)
-    builder = make_builder(cfg, policy.tokenizer, policy.device)
+    reader = make_reader(cfg, policy.tokenizer, policy.device)
     if total_pixels:
-        builder.video = replace(builder.video, total_pixels=total_pixels)
+        cfg = replace(cfg, video=replace(cfg.video, total_pixels=total_pixels))
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    with make_workers(builder, cfg.data) as workers:
-        selfcheck.check_model(policy, reference, samples, builder, workers, cfg, run)
+    with reader.workers:
+        selfcheck.check_model(policy, reference, samples, reader, cfg, run)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
@@ -128,8 +127,8 @@ def test_wrong_gradients_of_a_kernel_are_named(world, tmp_path, monkeypatch, dty
 
 def first_prompt_of(world, tmp_path):
     cfg = make_cfg(world, tmp_path)
-    builder = make_builder(cfg, make_policy(world).tokenizer, "cpu")
-    return builder(files.read_samples(cfg.data.train)[0])
+    reader = make_reader(cfg, make_policy(world).tokenizer, "cpu")
+    return next(reader.ahead(files.read_samples(cfg.data.train), 0))
 
 
 def test_a_gradient_that_is_no_number_is_named(world, tmp_path, monkeypatch):

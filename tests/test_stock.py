@@ -31,7 +31,7 @@ from metrics import predictions
 from model.folder import save_model
 from model.positions import rope_positions
 from policy import load_policy, pack, prompt_positions
-from prompts import time_step
+from video.budget import seen_step
 
 MROPE = json.loads((Path(__file__).parent / "golden" / "mrope.json").read_text())
 FOLDERS = {"qwen2_5_vl": "model", "qwen2_vl": "model_qwen2_vl"}
@@ -350,7 +350,7 @@ def test_transformers_still_puts_the_text_after_a_long_video_on_the_video(world,
                 kinds += [0] * segment["text"]
                 continue
             t, h, w = segment["video"]
-            steps.append(time_step(segment.get("second_per_grid_ts", 1.0), "whole_seconds"))
+            steps.append(seen_step(segment.get("second_per_grid_ts", 1.0), "whole_seconds"))
             segments.append((t, h, w, steps[-1]))
             kinds += [2] * (t * h * w // 4)
             lasts |= (t - 1) * steps[-1] * (case["tokens_per_second"] or 1) >= max(h, w) // 2

@@ -1,9 +1,8 @@
 """Which frames of a video to take and what size to give them, within a budget of tokens: pure functions of its header.
 
-Frame counts, places and sizes are those of qwen-vl-utils. Nothing is decoded here (frames.py).
+Frame counts, places and sizes are those of qwen-vl-utils.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from transformers.utils import cached_file
 
 from config import VideoConfig
+from records import jsonl
 from video.readers import Header
 
 Clip = tuple[float, float]  # start and end in seconds
@@ -65,9 +65,9 @@ def read_geometry(model_path: str | os.PathLike) -> Geometry:
             missing = error
             continue
         try:
-            values = json.loads(Path(file).read_text())
+            values = jsonl.parse(Path(file).read_bytes())
         except ValueError as error:
-            raise ValueError(f"{file}: not valid JSON: {error}") from None
+            raise ValueError(f"{file}: {error}") from None
         try:
             sizes = [int(values[key]) for key in ("patch_size", "merge_size", "temporal_patch_size")]
             return Geometry(*sizes, tuple(values["image_mean"]), tuple(values["image_std"]))
@@ -109,25 +109,21 @@ def smart_nframes(
     total_frames: int,
     video_fps: float,
     *,
-    nframes: int | None = None,
     fps: float = 2.0,
     min_frames: int = 4,
     max_frames: int = 768,
     factor: int = 2,
 ) -> int:
-    """How many frames to sample: `nframes`, or `fps` per second within the limits; a multiple of `factor`.
+    """How many frames to sample: `fps` per second within the limits, a multiple of `factor`.
 
     Raises ValueError when that is not between `factor` and `total_frames`.
 
     >>> smart_nframes(593, 23.976, fps=4.0)
     98
     """
-    if nframes is not None:
-        count = round(nframes / factor) * factor
-    else:
-        fewest, most = math.ceil(min_frames / factor) * factor, max_frames // factor * factor
-        count = min(max(total_frames / video_fps * fps, fewest), most, total_frames)
-        count = math.floor(count / factor) * factor
+    fewest, most = math.ceil(min_frames / factor) * factor, max_frames // factor * factor
+    count = min(max(total_frames / video_fps * fps, fewest), most, total_frames)
+    count = math.floor(count / factor) * factor
     if not factor <= count <= total_frames:
         raise ValueError(f"{count} frames to sample, but the video has {total_frames} (at least {factor})")
     return count
@@ -222,6 +218,16 @@ def _choose(
     held = np.bincount(places)[places] > 1
     shown_at = np.where(held, targets, np.maximum(times[places], start)) - start
     return places, shown_at, float(targets[-1] - targets[0]) / (frames - 1)
+
+
+def seen_step(second_per_grid: float, rule: str) -> float:
+    """Seconds between two time steps of a video as the rotary positions see them.
+
+    `exact` is the truth. `whole_seconds` rounds down, as transformers did from 4.50 until the release with pull request
+    48669 by a cast to the index's integer type (QwenLM/Qwen3-VL#1282): a step below 1 s then puts all frames at one
+    position. It is only for reproducing results.
+    """
+    return second_per_grid if rule == "exact" else float(int(second_per_grid))
 
 
 def plan_file(header: Header, spec: VideoConfig, geometry: Geometry, clip: Clip | None = None) -> VideoPlan:

@@ -1,7 +1,6 @@
 """Decoded frames on disk, least recently used out first, shared by any number of processes.
 
-Not a cache of patches, prompts or model outputs, and not for network file systems without locks (the index is
-SQLite). Nothing to run; `video.load_video` takes a `FrameCache`.
+Not for network file systems without locks: the index is SQLite.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
-"""A video to Qwen2-VL patches: plan frames and size within a token budget, decode, resize, patchify.
+"""A file to Qwen2-VL patches: read its header, plan frames and size (budget.py), decode, resize, patchify.
 
-Not a reader of files (video/readers.py): no audio, no text, no model. Nothing to run; `load_video` is the whole way,
-`decode_video` its expensive half, `to_video` the other, and `check_video` says what is wrong with a file.
+`decode_video` is the expensive half of the way and `to_video` the other. `check_video` says what is wrong with a file.
 """
 
 import os
@@ -12,7 +11,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from config import VideoConfig
-from video.budget import Clip, Geometry, check_size, plan_file
+from video.budget import Clip, Geometry, check_size, plan_file, seen_step
 from video.cache import FrameCache, file_key
 from video.readers import Header, VideoError, decodable, probe, read_av, read_decord, read_folder
 
@@ -137,26 +136,13 @@ def decode_video(
     return Frames(*stored[:2], float(stored[2]), int(stored[3]))
 
 
-def to_video(frames: Frames, geometry: Geometry, device: torch.device | str = "cpu") -> Video:
+def to_video(frames: Frames, geometry: Geometry, device: torch.device | str = "cpu", time_step: str = "exact") -> Video:
     """Patches and grid of decoded frames, which go to `device` as they are: their patches are four times as large."""
     num_frames, _, h, w = frames.frames.shape
     grid_thw = (num_frames // geometry.temporal_patch_size, h // geometry.patch_size, w // geometry.patch_size)
     patches = patchify(torch.from_numpy(frames.frames).to(device), geometry)
-    num_tokens = geometry.num_tokens(grid_thw)
-    return Video(patches, grid_thw, frames.second_per_grid, frames.times.tolist(), num_tokens, frames.frames_cut)
-
-
-def load_video(
-    path: str | os.PathLike,
-    spec: VideoConfig,
-    geometry: Geometry,
-    clip: Clip | None = None,
-    cache: FrameCache | None = None,
-    fps: float | None = None,
-    device: torch.device | str = "cpu",
-) -> Video:
-    """Patches of a video: `decode_video`, then `to_video`."""
-    return to_video(decode_video(path, spec, geometry, clip, fps, cache), geometry, device)
+    seconds, num_tokens = seen_step(frames.second_per_grid, time_step), geometry.num_tokens(grid_thw)
+    return Video(patches, grid_thw, seconds, frames.times.tolist(), num_tokens, frames.frames_cut)
 
 
 def check_video(path: str | os.PathLike, fps: float | None = None) -> dict[str, str | bool | int | float | None]:

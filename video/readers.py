@@ -1,7 +1,6 @@
 """What a video says about itself, and its frames: a file by decord or PyAV, a folder of numbered images by Pillow.
 
-Not a choice of frames (video/frames.py), and no resizing, cache or audio. Nothing to run. Frames are numbered from 0
-in the order they are shown; every reader gives the same ones.
+Frames are numbered from 0 in the order they are shown. Every reader gives the same ones.
 """
 
 import math

@@ -1,7 +1,6 @@
 """Calls in other processes, which may hang or die: each call has a time limit, and its failure is a reason to report.
 
-Not a DataLoader: its workers cannot be interrupted in a decoder, and one that dies ends it. Nothing to run;
-`data.py` decodes with it, `python data.py check` opens every file with it.
+A DataLoader would not do: its workers cannot be interrupted in a decoder, and one that dies ends it.
 """
 
 import multiprocessing
