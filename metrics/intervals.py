@@ -1,14 +1,48 @@
 """Every bootstrap: 95% intervals of means and of paired differences, over clusters, and over seeds and questions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 NUM_RESAMPLES = 1000
 _CHUNK = 100  # resamples drawn at once: bounds the memory to 100 x n counts
+Values = Mapping[str | int, float]  # of one model: a metric's value by question
 
 
-# ---- intervals -----------------------------------------------------------------------------------------------------
+def paired_difference(
+    before: Values | Sequence[Values], after: Values | Sequence[Values], clusters: Mapping | None = None
+) -> tuple[float, float, float]:
+    """Mean of after - before, paired by question, and its bootstrap 95% interval: mean, low, high in the values' unit.
+
+    Two models are compared over the questions that both have; `clusters` says by question what is drawn together. Two
+    lists of models, paired by seed, have to have the same questions (else a ValueError); seeds and questions are drawn.
+    """
+    if isinstance(before, Mapping):
+        shared = [question for question in before if question in after]
+        drawn = None if clusters is None else [clusters[question] for question in shared]
+        return paired_interval([before[i] for i in shared], [after[i] for i in shared], clusters=drawn)
+    values_SN = matrix([*before, *after])
+    return crossed_interval(values_SN[len(before) :] - values_SN[: len(before)])
+
+
+def matrix(models: Sequence[Values]) -> np.ndarray:
+    """(models, questions) of values, questions sorted. Raises ValueError where two models have other questions."""
+    questions = sorted(models[0])
+    if any(sorted(values) != questions for values in models):
+        raise ValueError("the models answered different questions")
+    return np.array([[values[question] for question in questions] for values in models])
+
+
+def in_points(difference: Sequence[float], digits: int = 1) -> str:
+    """A difference and its interval as they are printed.
+
+    >>> in_points((1.25, -0.5, 3.0), digits=2)
+    '+1.25 [-0.50, +3.00]'
+    """
+    mean, low, high = (f"{value:+.{digits}f}" for value in difference)
+    return f"{mean} [{low}, {high}]"
+
+
 def resampled_means(
     values_NM: np.ndarray, clusters: Sequence[str | int], seed: int, counted_NM: np.ndarray | None = None
 ) -> np.ndarray:
@@ -61,8 +95,8 @@ def crossed_interval(values_SN: np.ndarray, seed: int = 0) -> tuple[float, float
     """Mean of S seeds x N questions and its bootstrap 95% interval, seeds and questions both drawn anew.
 
     All seeds answer the same questions, so the seeds of a resample share its questions (two-way bootstrap; Owen 2007,
-    "The pigeonhole bootstrap"). Percentiles of 1,000 resamples. Of one seed questions alone are drawn; of three it is
-    a rough guide, as ten different draws of seeds are all there are.
+    "The pigeonhole bootstrap"). With one seed only questions are drawn. With three the interval is a rough guide,
+    because there are only ten different draws of seeds.
     """
     (num_seeds, num), rng = values_SN.shape, np.random.default_rng(seed)
     seeds_RS = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_RESAMPLES) / num_seeds

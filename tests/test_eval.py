@@ -114,7 +114,7 @@ def test_answer_modes_reach_the_metrics(world, tmp_path, monkeypatch):
     """Every response is a plain A: wrong or no answer when tagged, an answer otherwise."""
     answers = predictions._answers
     plain = lambda *args: [(["A"] * len(texts), used) for texts, used in answers(*args)]  # noqa: E731
-    monkeypatch.setattr(resumable, "_answers", plain)
+    monkeypatch.setattr(predictions, "_answers", plain)
     found = {}
     for name, more in (("tagged", ()), ("text", ("eval.answer=tagged_or_text",)), ("skip", ("eval.unanswered=skip",))):
         eval.main(args_of(world, tmp_path / name, f"data.test={world}/mcqa_test.yaml", *more))
@@ -129,7 +129,7 @@ def test_rows_are_in_the_order_of_the_data(world, whole):
 
 
 def test_a_finished_run_is_not_run_again(world, whole, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(resumable, "generate", None)
+    monkeypatch.setattr(predictions, "generate", None)
     before = (whole / "metrics.json").read_bytes()
     eval.main([*args_of(world, whole), "--resume"])
     assert "is finished" in capsys.readouterr().out and (whole / "metrics.json").read_bytes() == before
@@ -145,7 +145,7 @@ def test_going_on_with_other_questions_or_another_config_is_refused(world, tmp_p
     with pytest.raises(SystemExit, match=r"differs in eval.batch_size \(4 there, 8 now\)"):
         eval.main([*args_of(world, tmp_path / "parts", "eval.batch_size=8"), "--resume"])
     with monkeypatch.context() as patched:
-        patched.setattr(resumable, "code_hash", lambda: "edited")
+        patched.setattr(eval, "code_hash", lambda: "edited")
         with pytest.raises(
             SystemExit, match=r"answers.0.jsonl:1: answers by other code_hash \(\w+ there, edited now\)"
         ):
