@@ -10,8 +10,8 @@ with its final weights. An arm that two questions share runs once, and what stan
 and a figure of every question, and prints the tables. `load_results`, `plot`, `draw` and `draw_differences` are for
 notebooks.
 
-Intervals are bootstrap 95% intervals over seeds and questions (experiments/seeds.py). Of three seeds any interval tells
-the spread only roughly, so tables and figures show the seeds beside it.
+Intervals are bootstrap 95% intervals over seeds and questions (metrics/intervals.py). With three seeds an interval is a
+rough guide, so tables and figures show the seeds beside it.
 """
 
 import argparse
@@ -57,8 +57,8 @@ COLUMNS = {  # test, task, metric, name
     "gqa/acc_gqa": ("test", "gqa", "acc_gqa", "grounded QA: Acc@GQA"),
     "tvg/parse_fail": ("test", "tvg", "parse_fail", "grounding: no usable answer"),
 }
-LAST = 20  # steps at the end that the reward and the length of a training are means of
-QUICK = {  # overrides of --quick; of the other arms run.steps=2
+LAST = 20  # the reward and the length of a training are means over so many steps at its end
+QUICK = {  # overrides of --quick by arm; the other arms take two steps
     "base": ["run.steps=60"],
     "both": ["run.steps=20", "optim.warmup_steps=10"],
     "select": ["select.rule=top_variance", "select.budget=6"],
@@ -70,15 +70,15 @@ QUICK_S, TEST_S = 7.0, 15.0  # expected of anything with --quick, and of a test 
 @dataclass(frozen=True)
 class Row:
     arm: str
-    against: tuple[str, ...] = ()  # labels of rows that the difference is taken to
+    against: tuple[str, ...] = ()  # labels of the rows that are subtracted from it
     answer: str = "plain"
-    column: str = ""  # that it is about, where it is not the question's first
+    column: str = ""  # the column that it is about, where that is not the question's first one
 
 
 @dataclass(frozen=True)
 class Question:
     title: str
-    columns: tuple[str, ...]  # of COLUMNS; the first is the one it is about
+    columns: tuple[str, ...]  # keys of COLUMNS, the one that the question is about first
     rows: dict[str, Row]
 
 
@@ -150,14 +150,14 @@ QUESTIONS = {
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 def chain(path: Path) -> list[str]:
-    """A configuration after its parents, as first lines name them, each from its own folder; from the repository on."""
+    """A configuration after its parents, which first lines name, as paths from the repository's root."""
     path = path.resolve()
     head, _, parent = path.read_text().partition("\n")[0].partition("# parent: ")
     return [*(chain(path.parent / parent) if parent and not head else []), str(path.relative_to(REPO))]
 
 
 def words_of(files: Sequence[str], overrides: Sequence[str], world: Path | None) -> list[str]:
-    """A chain of configurations and overrides after it; with `world`, that one in the place of tiny_world."""
+    """A chain of configurations with overrides after it. With a `world`, it is read in place of tiny_world."""
     if world:
         kind = PROGRAMS[STARTS[Path(files[0]).name]]
         values = flat(dataclasses.asdict(config.load(kind, [str(REPO / file) for file in files], overrides)))
@@ -185,7 +185,7 @@ def words_of_test(root: Path, name: str, seed: int, test: str, answer: str, worl
 
 
 def run_of_test(test: str, answer: str) -> str:
-    """The run of a test: of thinking answers it is test_think or ood_think."""
+    """The name of a test's run folder, which is test_think or ood_think for thinking answers."""
     return test if answer == "plain" else f"{test}_{answer}"
 
 
@@ -225,7 +225,7 @@ def percent_of(root: Path, row: Row, seed: int) -> dict[str, Values] | None:
 
 
 def training(root: Path, arm: str, seed: int) -> dict[str, float]:
-    """What a GRPO run earned at its end and what it cost; {} of another run."""
+    """What a GRPO run earned at its end and what it cost; {} for a run of another program."""
     rows = read_rows(folder(root, arm, seed) / "metrics.jsonl")
     if "reward/total" not in rows[0]:
         return {}

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 
 from metrics.intervals import Values, crossed_interval, in_points, matrix, paired_difference
 
-BySeed = Mapping[int, Mapping[str, Values]]  # of the models of one arm: percent by seed, column and question
-Rows = Mapping[str, Mapping[str, Any]]  # of a question in results.json, by label
+BySeed = Mapping[int, Mapping[str, Values]]  # one arm's models: percent by seed, column and question
+Rows = Mapping[str, Mapping[str, Any]]  # the rows of a question in results.json, by label
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -46,10 +46,10 @@ def in_points(difference: Sequence[float], digits: int = 1) -> str:
 def resampled_means(
     values_NM: np.ndarray, clusters: Sequence[str | int], seed: int, counted_NM: np.ndarray | None = None
 ) -> np.ndarray:
-    """Means of each column over R bootstrap resamples of the clusters, (R, M); those of all rows, or of the counted.
+    """Means of each column, over all rows or the counted ones, in R bootstrap resamples of the clusters: (R, M).
 
-    Clusters are drawn whole (Davison and Hinkley 1997, section 3.8); where each has one row it is the plain bootstrap
-    (Efron 1979). The same resamples serve all columns. nan where a resample has no row that counts.
+    Clusters are drawn whole (Davison and Hinkley 1997, section 3.8). With one row each, that is the plain bootstrap
+    (Efron 1979). The same resamples serve all columns. A mean is nan where a resample has no row that counts.
     """
     index_N = np.unique(np.array([str(cluster) for cluster in clusters]), return_inverse=True)[1]
     num = int(index_N.max()) + 1
@@ -70,7 +70,7 @@ def bootstrap_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bootstrap 95% interval of the mean of each of M columns over N samples: (low, high), (M,) each.
 
-    `clusters` says which samples are drawn together; None: each alone.
+    `clusters` says which samples are drawn together. Without it each sample is drawn alone.
     """
     means_RM = resampled_means(values_NM, range(len(values_NM)) if clusters is None else clusters, seed)
     low, high = np.percentile(means_RM, (2.5, 97.5), axis=0)

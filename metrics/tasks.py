@@ -24,12 +24,11 @@ MAIN_METRIC = {"tvg": "miou", "mcqa": "accuracy", "gqa": "acc_gqa"}
 def sample_values(row: Row, answer: str = "tagged") -> dict[str, float]:
     """One prediction row's value, from 0 to 1, of every metric of its task (a metric is 100 x their mean).
 
-    The row has `task`, the truth (`answer`, `segments` in seconds) and either `response` (raw text; `options`
-    then help to parse it), or `responses` (several: values are means over them, `<metric>_best` the best of each), or
-    `pred_choice` / `pred_segments` (null / []: a parse failure, counted as wrong).
-    Grounding follows the official scripts: the first predicted segment, not clipped, against the best true
-    one, for IoU and IoP separately; `*_set` compares unions. Raises ValueError naming the key that is missing
-    or bad.
+    The row has `task`, the truth (`answer`, `segments` in seconds) and either `response` (raw text, which `options`
+    help to parse), or `responses` (several: values are means over them, `<metric>_best` the best of each), or
+    `pred_choice` / `pred_segments` (null / []: a parse failure, counted as wrong). Grounding follows the official
+    scripts, which take the first predicted segment, not clipped, against the best true one, for IoU and IoP separately.
+    `*_set` compares unions. Raises ValueError naming the key that is missing or bad.
     """
     each = [_values(one, answer) for one in _each(row)]
     if row.get("responses") is None:
@@ -131,14 +130,14 @@ def score_predictions(
 ) -> dict[str, Any]:
     """The metrics of prediction rows: {"tasks": {task: metrics}, "types": {task: {type: metrics}}, ...}.
 
-    Metrics are `n` (rows scored) and percentages from 0 to 100, each with its 95% interval beside it (`miou_ci95`):
-    a bootstrap over videos, where rows have a `video`, since questions about one video are not independent.
-    A task also counts rows with an `error` (`num_unreadable`), rows for a question that nothing was predicted for
-    (`num_missing`), and `num_skipped`: with `unanswered="skip"` rows in which nothing can be read, those two kinds
-    included, are left out, as some official scripts do; otherwise all of them are wrong answers. `types` holds
-    the rows that have a `type`, a path from general to special such as `causal/CW`, at every level of it; where there
-    are several at the top, multiple choice has `accuracy_macro`, the mean over them. `videos` and `responses` say how
-    many tokens those took. Raises ValueError naming row and key.
+    Metrics are `n` (rows scored) and percentages from 0 to 100, each with its 95% interval beside it (`miou_ci95`).
+    The bootstrap draws videos, where rows have a `video`, because questions about one video are not independent. A task
+    also counts rows with an `error` (`num_unreadable`) and rows for a question that has no prediction (`num_missing`).
+    Rows in which nothing can be read, those two kinds included, are wrong answers. With `unanswered="skip"` they are
+    left out, as some official scripts do, and counted (`num_skipped`). `types` has the rows with a `type`, a path from
+    general to special such as `causal/CW`, at every level. Where there are several types at the top, multiple choice
+    has `accuracy_macro`, the mean over them. `videos` and `responses` say how many tokens those took. Raises ValueError
+    naming row and key.
     """
     check_modes(answer, unanswered)
     scored: dict[str, list[Scored]] = {row.get("task"): [] for row in rows}
