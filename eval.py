@@ -1,6 +1,6 @@
-"""Evaluation: a model's answers, their metrics with bootstrap intervals, and the comparison of results.
+"""Evaluation: a model's answers (run), their metrics (score), and results side by side (compare).
 
-It trains nothing and computes no reward; the metrics are in metrics/tasks.py.
+The metrics are in metrics/tasks.py, the comparison is in metrics/compare.py.
 
     python eval.py run --config configs/tiny_eval.yaml model.path=runs/grpo/final run.dir=runs/grpo_eval [--resume]
     python eval.py score predictions.jsonl --out metrics.json [--data test.jsonl] [--answer tagged_or_text]
@@ -44,6 +44,7 @@ from runtime.run import Run
 from runtime.signals import interruptible
 
 
+# ---- run -------------------------------------------------------------------------------------------------------------
 def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
     """Answer every test sample; writes predictions.jsonl and metrics.json into `run.dir`, returns the metrics.
 
@@ -53,7 +54,9 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
     with user_errors():
         run = Run(cfg.run, config.to_yaml(cfg), resume, checkpoints=False)
         if (run.dir / "metrics.json").is_file():
-            return _finished(run)
+            if run.is_main:
+                print(f"{run.dir} is finished:")
+            return _finish(run, json.loads((run.dir / "metrics.json").read_text(encoding="utf-8")))
         samples = read_samples(cfg.data.test, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         asked = {"": (samples, head_of)}  # by the end of the files' names
         if cfg.eval.blind:
@@ -83,29 +86,11 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
         for end, of in rows.items():
             jsonl.write(run.dir / f"predictions{end}.jsonl", of)
         write_text(run.dir / "metrics.json", as_json(metrics))
-        _remove_lines(run)
-        print_metrics(metrics)
-    run.finish()
-    return metrics
-
-
-def _finished(run: Run) -> dict[str, Any]:
-    metrics = json.loads((run.dir / "metrics.json").read_text(encoding="utf-8"))
-    _remove_lines(run)
-    if run.is_main:
-        print(f"{run.dir} is finished:")
-        print_metrics(metrics)
-    run.finish()
-    return metrics
-
-
-def _remove_lines(run: Run) -> None:
-    for name in ("answers", "answers_blind"):
-        remove_lines(run, name)
+    return _finish(run, metrics)
 
 
 def _floor(cfg: EvalRunConfig, samples: Sequence[Sample], run: Run) -> dict[str, dict]:
-    """The best constant answers of the training set; a line says for which tasks there are none."""
+    """The best constant answers of the training set. A line says which tasks have none."""
     data = cfg.data.floor
     floor = floor_of(data, samples, cfg.data.out_of_clip, cfg.run.seed) if data else {}
     missing = sorted({sample.task for sample in samples} - floor.keys())
@@ -165,34 +150,18 @@ def specification(cfg: EvalRunConfig, tokenizer) -> dict[str, Any]:
     }
 
 
-def as_json(content: Any) -> str:
-    """Indented JSON; non-finite numbers are a ValueError."""
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+    for name in ("answers", "answers_blind"):
+        remove_lines(run, name)
+    if run.is_main:
+        print_metrics(metrics)
+    run.finish()
+    return metrics
 
 
-def print_metrics(metrics: dict[str, Any]) -> None:
-    for task, values in metrics["tasks"].items():
-        shown = " ".join(f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float) and k != "parse_fail")
-        kinds = {"num_unreadable": "an unreadable video", "num_missing": "no prediction"}
-        kinds = [f"{values[key]} with {what}" for key, what in kinds.items() if values[key]]
-        notes = f"; {', '.join(kinds)}" if kinds else ""
-        if values["n"]:
-            notes += f"; {round(values['n'] * values['parse_fail'] / 100)} without a usable answer counted as wrong"
-        notes += f"; {values['num_skipped']} without any answer left out" if values["num_skipped"] else ""
-        print(f"{task}: n {values['n']} {shown}{notes}")
-    for task, values in metrics.get("floor", {}).items():
-        print(floor_line(task, values))
-    if "blind" in metrics:
-        print("with the clip of another video:")
-        print_metrics(metrics["blind"])
-
-
-def _run_command(args: argparse.Namespace) -> None:
-    with interruptible():
-        evaluate(args.cfg, args.resume)
-
-
-def _score_command(args: argparse.Namespace) -> None:
+# ---- score -----------------------------------------------------------------------------------------------------------
+def score(args: argparse.Namespace) -> None:
+    """Metrics of stored predictions, with the specification of the run that made them, where it is known."""
     predictions, out = Path(args.predictions), Path(args.out)
     try:
         spec = _spec_beside(predictions)
@@ -214,7 +183,7 @@ def _score_command(args: argparse.Namespace) -> None:
 def _spec_beside(predictions: Path) -> dict[str, Any]:
     """The specification that `eval.py run` left beside these predictions; {} where they are not its own.
 
-    That of blind predictions has `blind`, so that nobody compares them with others by mistake.
+    The one of blind predictions has the key `blind`, so that nobody compares them with others by mistake.
     """
     path = predictions.parent / "metrics.json"
     try:
@@ -228,15 +197,38 @@ def _spec_beside(predictions: Path) -> dict[str, Any]:
     return content["spec"] | ({"blind": True} if is_blind else {})
 
 
-def _compare_command(args: argparse.Namespace) -> None:
-    with user_errors():
-        print("\n".join(compare(args.results, args.allow)))
+# ---- all commands ----------------------------------------------------------------------------------------------------
+def as_json(content: Any) -> str:
+    """Indented JSON; non-finite numbers are a ValueError."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    for task, values in metrics["tasks"].items():
+        shown = " ".join(f"{k} {v:.2f}" for k, v in values.items() if isinstance(v, float) and k != "parse_fail")
+        notes = {"with an unreadable video": values["num_unreadable"], "with no prediction": values["num_missing"]}
+        notes["without a usable answer counted as wrong"] = round(values["n"] * values.get("parse_fail", 0) / 100)
+        notes["without any answer left out"] = values["num_skipped"]
+        noted = "".join(f"; {num} {what}" for what, num in notes.items() if num)
+        print(f"{task}: n {values['n']} {shown}{noted}")
+    for task, values in metrics.get("floor", {}).items():
+        print(floor_line(task, values))
+    if "blind" in metrics:
+        print("with the clip of another video:")
+        print_metrics(metrics["blind"])
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one subcommand; bad input ends with one line naming the file, the row and the key."""
     args = of_eval(argv, __doc__)
-    {"run": _run_command, "score": _score_command, "compare": _compare_command}[args.command](args)
+    if args.command == "run":
+        with interruptible():
+            evaluate(args.cfg, args.resume)
+    elif args.command == "score":
+        score(args)
+    else:
+        with user_errors():
+            print("\n".join(compare(args.results, args.allow)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How often the 95% intervals hold the truth: of a metric, and of a paired difference of two results.
 
 The questions that two evaluations answered are the population, and its means the truth; `--draws` times `--n` of them
-are drawn with replacement, and the intervals of metrics/tasks.py computed as for a result of that size. The last line
-is one JSON object. It tests the intervals, not the models.
+are drawn with replacement, and the intervals of metrics/intervals.py computed as for a result of that size. The last
+line is one JSON object. It tests the intervals, not the models.
 
     python benchmarks/bench_intervals.py runs/demo/eval_base runs/demo/eval_grpo
 """
@@ -18,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from metrics.intervals import bootstrap_interval, paired_interval
 from metrics.rows import read_rows
-from metrics.tasks import all_values
+from metrics.tasks import score_each
 
 METRICS = {"tvg": ("miou", "r1@0.5"), "mcqa": ("accuracy",), "gqa": ("miou", "acc_gqa")}
 
@@ -28,7 +28,7 @@ def populations(folders: list[Path]) -> dict[str, tuple[list[float], list[float]
     by_id: list[dict[tuple, dict[str, float]]] = []
     for folder in folders:
         rows = read_rows(folder / "predictions.jsonl")
-        by_id.append({(row["task"], row["id"]): value for row, value in zip(rows, all_values(rows, "tagged"))})
+        by_id.append({(row["task"], row["id"]): value for row, value in score_each(rows)})
     found = {}
     for task, names in METRICS.items():
         ids = [key for key in by_id[0] if key[0] == task and key in by_id[1]]

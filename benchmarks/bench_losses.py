@@ -33,23 +33,22 @@ BASE_S, TRAIN_S, EVAL_S = 240.0, 180.0, 10.0  # expected on one thread
 
 def jobs_of(root: Path, seeds: list[int]) -> list[Job]:
     """A base for each seed, every variant of it, and the tests of those."""
-    found = [
-        job(f"base_{seed}", ["train_sft.py", "--config", "configs/tiny_base.yaml", f"run.seed={seed}"], seconds=BASE_S)
-        for seed in seeds
-    ]
+    found = []
+    for seed in seeds:
+        words = ["configs/tiny_base.yaml", f"run.seed={seed}"]
+        found.append(job(f"base_{seed}", "train_sft.py", words, seconds=BASE_S))
     for variant, seed in [(variant, seed) for seed in seeds for variant in VARIANTS]:
         name, start = f"{slug(variant)}_{seed}", f"base_{seed}"
         overrides = [f"model.path={root / start / 'final'}", f"run.seed={seed}", "eval.every=0"]
-        words = ["train_grpo.py", "--config", "configs/tiny.yaml", *VARIANTS[variant], *overrides]
-        found.append(job(name, words, start, seconds=TRAIN_S))
-        overrides = [f"model.path={root / name / 'final'}", f"run.seed={seed}"]
-        words = ["eval.py", "run", "--config", "configs/tiny_eval.yaml", *overrides]
-        found.append(job(f"eval_{name}", words, name, seconds=EVAL_S))
+        words = ["configs/tiny.yaml", *VARIANTS[variant], *overrides]
+        found.append(job(name, "train_grpo.py", words, start, seconds=TRAIN_S))
+        words = ["configs/tiny_eval.yaml", f"model.path={root / name / 'final'}", f"run.seed={seed}"]
+        found.append(job(f"eval_{name}", "eval.py run", words, name, seconds=EVAL_S))
     return found
 
 
-def job(name: str, words: list[str], *needs: str, seconds: float) -> Job:
-    return Job(name, lambda: words, needs, seconds)
+def job(name: str, program: str, words: list[str], *needs: str, seconds: float) -> Job:
+    return Job(name, program, lambda: words, needs, seconds)
 
 
 def slug(variant: str) -> str:

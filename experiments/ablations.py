@@ -1,17 +1,17 @@
 """Five questions asked of the tiny world: what one knob changes, over seeds, with intervals.
 
-    python -m experiments.ablations                                   # what `make ablations` runs; prints its estimate first
+    python -m experiments.ablations              # what `make ablations` runs; it prints its estimate first
     python -m experiments.ablations --questions data group --seeds 0 1 2 3 4 --dir runs/ablations
-    python -m experiments.ablations --quick                           # all of it, in a few steps of a smaller world: no results
+    python -m experiments.ablations --quick      # all of it, in a few steps of a smaller world: no results
 
 An arm is a file of configs/ablations on top of its parents (first line), trained from the base of its seed and tested
-with its final weights. An arm that two questions share runs once, and what stands finished in --dir is not run again;
+with its final weights. An arm that two questions share runs once, and what stands finished in --dir is not run again.
 <arm>/seed_<n>/ has the training run/, the tests test/ and ood/, and a log of each. Writes results.json, differences.png
-and a figure of every question, prints the tables. `load_results`, `plot`, `draw` and `draw_differences` are for
-notebooks. Nothing is chosen by what comes out.
+and a figure of every question, and prints the tables. `load_results`, `plot`, `draw` and `draw_differences` are for
+notebooks.
 
-Intervals are bootstrap 95% intervals over seeds and questions (experiments/seeds.py); of three seeds any interval
-tells the spread only roughly, so tables and figures show it beside the seeds themselves.
+Intervals are bootstrap 95% intervals over seeds and questions (metrics/intervals.py). With three seeds an interval is a
+rough guide, so tables and figures show the seeds beside it.
 """
 
 import argparse
@@ -31,19 +31,20 @@ from matplotlib.figure import Figure
 import config
 import tiny
 from config import flat
-from experiments import jobs, seeds
+from experiments import seeds
 from experiments.arms import ARMS, folder, selection_tokens
-from experiments.jobs import Job, read_marker, run_all
-from metrics import rows as prediction_rows
-from metrics import tasks
+from experiments.jobs import PROGRAMS, REPO, Job, report, run_all, unfinished
+from metrics.compare import read_result
+from metrics.intervals import Values
+from metrics.rows import read_rows
 
-CONFIGS = jobs.REPO / "configs/ablations"
-SCRIPTS = {  # by the file that a chain of configurations begins with
-    "tiny.yaml": ("train_grpo.py", config.GrpoConfig),
-    "tiny_base.yaml": ("train_sft.py", config.SftConfig),
-    "tiny_sft.yaml": ("train_sft.py", config.SftConfig),
-    "tiny_select.yaml": ("select_data.py", config.SelectConfig),
-    "tiny_eval.yaml": ("eval.py", config.EvalRunConfig),
+CONFIGS = REPO / "configs/ablations"
+STARTS = {  # the program of a chain of configurations, by the file that it begins with
+    "tiny.yaml": "train_grpo.py",
+    "tiny_base.yaml": "train_sft.py",
+    "tiny_sft.yaml": "train_sft.py",
+    "tiny_select.yaml": "select_data.py",
+    "tiny_eval.yaml": "eval.py run",
 }
 TESTS = {"test": "mix_test", "ood": "tvg_ood_test"}  # runs of eval.py, and their data
 ANSWERS = {"plain": "../tiny_eval.yaml", "think": "answer_think.yaml"}  # how a model is asked
@@ -56,29 +57,28 @@ COLUMNS = {  # test, task, metric, name
     "gqa/acc_gqa": ("test", "gqa", "acc_gqa", "grounded QA: Acc@GQA"),
     "tvg/parse_fail": ("test", "tvg", "parse_fail", "grounding: no usable answer"),
 }
-LAST = 20  # steps at the end that the reward and the length of a training are means of
-QUICK = {  # overrides of --quick; of the other arms run.steps=2
+LAST = 20  # the reward and the length of a training are means over so many steps at its end
+QUICK = {  # overrides of --quick by arm; the other arms take two steps
     "base": ["run.steps=60"],
     "both": ["run.steps=20", "optim.warmup_steps=10"],
     "select": ["select.rule=top_variance", "select.budget=6"],
     "select_random": [],
 }
-TEST_S = {"test": 16.0, "ood": 12.0, "test_think": 20.0, "ood_think": 14.0}  # expected of a test, on one thread
-QUICK_S = 7.0  # expected of anything with --quick
+QUICK_S, TEST_S = 7.0, 15.0  # expected of anything with --quick, and of a test without, on one thread
 
 
 @dataclass(frozen=True)
 class Row:
     arm: str
-    against: tuple[str, ...] = ()  # labels of rows that the difference is taken to
+    against: tuple[str, ...] = ()  # labels of the rows that are subtracted from it
     answer: str = "plain"
-    column: str = ""  # that it is about, where it is not the question's first
+    column: str = ""  # the column that it is about, where that is not the question's first one
 
 
 @dataclass(frozen=True)
 class Question:
     title: str
-    columns: tuple[str, ...]  # of COLUMNS; the first is the one it is about
+    columns: tuple[str, ...]  # keys of COLUMNS, the one that the question is about first
     rows: dict[str, Row]
 
 
@@ -150,20 +150,20 @@ QUESTIONS = {
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
 def chain(path: Path) -> list[str]:
-    """A configuration after its parents, as first lines name them, each from its own folder; from the repository on."""
+    """A configuration after its parents, which first lines name, as paths from the repository's root."""
     path = path.resolve()
     head, _, parent = path.read_text().partition("\n")[0].partition("# parent: ")
-    return [*(chain(path.parent / parent) if parent and not head else []), str(path.relative_to(jobs.REPO))]
+    return [*(chain(path.parent / parent) if parent and not head else []), str(path.relative_to(REPO))]
 
 
 def words_of(files: Sequence[str], overrides: Sequence[str], world: Path | None) -> list[str]:
-    """The command of a chain of configurations; with `world`, that one in the place of tiny_world."""
-    script, kind = SCRIPTS[Path(files[0]).name]
+    """A chain of configurations with overrides after it. With a `world`, it is read in place of tiny_world."""
     if world:
-        values = flat(dataclasses.asdict(config.load(kind, [str(jobs.REPO / file) for file in files], overrides)))
+        kind = PROGRAMS[STARTS[Path(files[0]).name]]
+        values = flat(dataclasses.asdict(config.load(kind, [str(REPO / file) for file in files], overrides)))
         of_world = {k: v for k, v in values.items() if isinstance(v, str) and v.startswith("tiny_world/")}
         overrides = [*overrides, *(f"{k}={world / Path(v).relative_to('tiny_world')}" for k, v in of_world.items())]
-    return [script, *(["run"] if script == "eval.py" else []), "--config", *files, *overrides]
+    return [*files, *overrides]
 
 
 def words_of_run(root: Path, name: str, seed: int, world: Path | None) -> list[str]:
@@ -173,7 +173,9 @@ def words_of_run(root: Path, name: str, seed: int, world: Path | None) -> list[s
         overrides += [f"model.path={folder(root, arm.start, seed) / 'final'}"]
     if world:
         overrides += QUICK.get(name, ["run.steps=2"])
-    return words_of(chain(CONFIGS / arm.config), [*overrides, *arm.extra(root, seed)], world)
+    if arm.extra:
+        overrides += arm.extra(root, seed)
+    return words_of(chain(CONFIGS / arm.config), overrides, world)
 
 
 def words_of_test(root: Path, name: str, seed: int, test: str, answer: str, world: Path | None) -> list[str]:
@@ -183,18 +185,16 @@ def words_of_test(root: Path, name: str, seed: int, test: str, answer: str, worl
 
 
 def run_of_test(test: str, answer: str) -> str:
-    """The run of a test: of thinking answers it is test_think or ood_think."""
+    """The name of a test's run folder, which is test_think or ood_think for thinking answers."""
     return test if answer == "plain" else f"{test}_{answer}"
 
 
 def arms_of(questions: Sequence[str]) -> list[str]:
     """The arms of these questions and those they are made from, each once, in the order of ARMS."""
-    found: set[str] = set()
-    wanted = [row.arm for question in questions for row in QUESTIONS[question].rows.values()]
-    while wanted:
-        arm = wanted.pop()
-        found.add(arm)
-        wanted += [name for name in (ARMS[arm].start, *ARMS[arm].needs) if name and name not in found]
+    found = {row.arm for question in questions for row in QUESTIONS[question].rows.values()}
+    for name in reversed(ARMS):  # after those that are made from it
+        if name in found:
+            found |= {ARMS[name].start, *ARMS[name].needs}
     return [name for name in ARMS if name in found]
 
 
@@ -203,32 +203,30 @@ def jobs_of(questions: Sequence[str], of_seeds: Sequence[int], root: Path, world
     found = []
     for name, seed in product(arms_of(questions), of_seeds):
         arm, own = ARMS[name], f"{name}/seed_{seed}"
-        needs = [f"{other}/seed_{seed}/run" for other in (arm.start, *arm.needs) if other]
+        needs = tuple(f"{other}/seed_{seed}/run" for other in (arm.start, *arm.needs) if other)
+        program = STARTS[Path(chain(CONFIGS / arm.config)[0]).name]
         words = partial(words_of_run, root, name, seed, world)
-        found.append(Job(f"{own}/run", words, tuple(needs), QUICK_S if world else arm.seconds))
+        found.append(Job(f"{own}/run", program, words, needs, QUICK_S if world else arm.seconds))
         for test, answer in product(TESTS, arm.answers):
-            run = run_of_test(test, answer)
             words = partial(words_of_test, root, name, seed, test, answer, world)
-            found.append(Job(f"{own}/{run}", words, (f"{own}/run",), QUICK_S if world else TEST_S[run]))
+            seconds = QUICK_S if world else TEST_S
+            found.append(Job(f"{own}/{run_of_test(test, answer)}", "eval.py run", words, (f"{own}/run",), seconds))
     return found
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
-def percent_of(root: Path, row: Row, seed: int) -> seeds.Values | None:
+def percent_of(root: Path, row: Row, seed: int) -> dict[str, Values] | None:
     """Percent by column and question; None where a test is not finished."""
-    paths = {test: folder(root, row.arm, seed, run_of_test(test, row.answer)) for test in TESTS}
-    if not all(map(read_marker, paths.values())):
+    folders = {test: folder(root, row.arm, seed, run_of_test(test, row.answer)) for test in TESTS}
+    if not all((path / "metrics.json").is_file() for path in folders.values()):
         return None
-    rows = {test: prediction_rows.read_rows(path / "predictions.jsonl") for test, path in paths.items()}
-    return {
-        column: {r["id"]: 100 * tasks.sample_values(r)[metric] for r in rows[test] if r["task"] == task}
-        for column, (test, task, metric, _) in COLUMNS.items()
-    }
+    results = {test: read_result(path) for test, path in folders.items()}
+    return {column: results[test].percent(task, metric) for column, (test, task, metric, _) in COLUMNS.items()}
 
 
 def training(root: Path, arm: str, seed: int) -> dict[str, float]:
-    """What a GRPO run earned at its end and what it cost; {} of another run."""
-    rows = prediction_rows.read_rows(folder(root, arm, seed) / "metrics.jsonl")
+    """What a GRPO run earned at its end and what it cost; {} for a run of another program."""
+    rows = read_rows(folder(root, arm, seed) / "metrics.jsonl")
     if "reward/total" not in rows[0]:
         return {}
     chosen = arm in ("selected", "selected_tokens", "rejected")
@@ -243,24 +241,19 @@ def training(root: Path, arm: str, seed: int) -> dict[str, float]:
 
 def summarise(question: Question, root: Path, of_seeds: Sequence[int]) -> dict[str, Any]:
     """The question's entry in results.json: its rows, as far as they are there."""
-    found = {label: {s: percent_of(root, row, s) for s in of_seeds} for label, row in question.rows.items()}
-    found = {label: {s: v for s, v in by_seed.items() if v} for label, by_seed in found.items()}
-    rows = {
-        label: {
-            "arm": question.rows[label].arm,
-            "answer": question.rows[label].answer,
-            "column": question.rows[label].column,
-            "values": seeds.statistics(by_seed),
-            "minus": {
-                other: seeds.differences(by_seed, found[other])
-                for other in question.rows[label].against
-                if by_seed.keys() & found[other].keys()
-            },
-            "training": {str(s): training(root, question.rows[label].arm, s) for s in by_seed},
-        }
-        for label, by_seed in found.items()
-        if by_seed
-    }
+    found = {}
+    for label, row in question.rows.items():
+        by_seed = {seed: percent_of(root, row, seed) for seed in of_seeds}
+        found[label] = {seed: values for seed, values in by_seed.items() if values}
+    rows = {}
+    for label, by_seed in found.items():
+        if by_seed:
+            row = question.rows[label]
+            rows[label] = {"arm": row.arm, "answer": row.answer, "column": row.column}
+            rows[label]["values"] = seeds.statistics(by_seed)
+            against = [other for other in row.against if by_seed.keys() & found[other].keys()]
+            rows[label]["minus"] = {other: seeds.differences(by_seed, found[other]) for other in against}
+            rows[label]["training"] = {str(seed): training(root, row.arm, seed) for seed in by_seed}
     return {"title": question.title, "columns": list(question.columns), "rows": rows}
 
 
@@ -273,22 +266,37 @@ def plot(question: str, results: dict[str, Any], ax: Axes, column: str = "") -> 
     """A question's rows in one column (its first unless named): every seed, the mean and its 95% interval."""
     found = results["questions"][question]
     column = column or found["columns"][0]
-    seeds.dots(found["rows"], column, COLUMNS[column][3], ax)
+    seeds.dots(found["rows"], column, ax)
+    ax.set(xlabel=f"{COLUMNS[column][3]} (%)")
 
 
 def draw(question: str, results: dict[str, Any]) -> Figure:
     """A question's rows in all its columns, side by side."""
     found = results["questions"][question]
-    figure = seeds.dots_figure(found["rows"], {column: COLUMNS[column][3] for column in found["columns"]})
+    size = (2.5 + 2.6 * len(found["columns"]), 1.6 + 0.42 * len(found["rows"]))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(found["columns"]), sharey=True, squeeze=False)[0]
+    for ax, column in zip(axes, found["columns"]):
+        plot(question, results, ax, column)
+    handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1]))
+    figure.legend(handles.values(), handles, loc="outside lower right", ncols=3, fontsize="small")
     return titled(figure, found["title"], results)
 
 
 def draw_differences(results: dict[str, Any]) -> Figure:
-    """All questions' paired differences, in the first column of each or the one that a row is about."""
-    found = results["questions"].values()
-    panels = [(f"{q['title']} (points of {q['columns'][0]})", q["rows"], q["columns"][0]) for q in found]
-    title = "Paired differences, 95% intervals (coloured: without 0; tick: a seed)"
-    return titled(seeds.forest_figure(panels), title, results)
+    """All questions' paired differences on one scale, in the first column of each or the one that a row is about."""
+    nums = {name: sum(len(r["minus"]) for r in q["rows"].values()) for name, q in results["questions"].items()}
+    nums = {name: num for name, num in nums.items() if num}
+    figure = Figure(figsize=(10, 1 + 0.4 * len(nums) + 0.22 * sum(nums.values())), layout="constrained")
+    ratios = list(nums.values())
+    axes = figure.subplots(len(nums), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0] if nums else ()
+    for ax, name in zip(axes, nums):
+        found = results["questions"][name]
+        seeds.forest(found["rows"], found["columns"][0], ax)
+        title = f"{found['title']} (points of {found['columns'][0]})"
+        ax.set_title(title, loc="right", fontsize="small", fontweight="bold")
+    title = "Paired differences, 95% intervals (coloured: without 0; dot: a seed)"
+    return titled(figure, title, results)
 
 
 def titled(figure: Figure, title: str, results: dict[str, Any]) -> Figure:
@@ -323,14 +331,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     of_seeds = args.seeds or ([0] if args.quick else [0, 1, 2])
     root = (args.dir or Path("runs/ablations_quick" if args.quick else "runs/ablations")).resolve()
     world = root / "world" if args.quick else None
-    tiny.main(["--out", str(world or jobs.REPO / "tiny_world"), "--size", "small" if args.quick else "full"])
-    todo = jobs_of(args.questions, of_seeds, root, world)
-    left = [job.seconds for job in todo if not read_marker(root / job.name)]
-    minutes = sum(left) / args.jobs / 60
-    print(f"{len(left)} of {len(todo)} runs to do: about {minutes:.0f} minutes on {args.jobs} cores; logs in {root}")
+    tiny.main(["--out", str(world or REPO / "tiny_world"), "--size", "small" if args.quick else "full"])
+    jobs = jobs_of(args.questions, of_seeds, root, world)
     try:
-        failed = run_all(todo, root, args.jobs)
-    except ValueError as error:
+        todo = unfinished(jobs, root)
+        minutes = sum(job.seconds for job in todo) / args.jobs / 60
+        print(f"{len(todo)} of {len(jobs)} runs to do in {root}: about {minutes:.0f} minutes on {args.jobs} cores")
+        failed = run_all(jobs, root, args.jobs)
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on with what is not finished") from None
@@ -347,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         print("--quick: every step was taken, and the numbers say nothing")
     if failed:
-        raise SystemExit(f"\n{jobs.report(failed)}\n\n{len(failed)} of {len(todo)} runs failed")
+        raise SystemExit(f"\n{report(failed)}\n\n{len(unfinished(jobs, root))} of {len(jobs)} runs are not finished")
 
 
 if __name__ == "__main__":

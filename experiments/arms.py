@@ -1,8 +1,7 @@
-"""The arms of the ablations: which configuration, from which model, on which data. Nothing to run, see
-experiments/ablations.py.
+"""The arms of the ablations: which configuration, from which model, on which data.
 
 An arm's folder is <root>/<arm>/seed_<n>/. What an arm takes from the results of others (a choice of data, a number of
-steps) is an override that is made when those are finished.
+steps) is an override that is made when those are finished. experiments/ablations.py runs them.
 """
 
 import json
@@ -26,11 +25,8 @@ def folder(root: Path, arm: str, seed: int, run: str = "run") -> Path:
     return root / arm / f"seed_{seed}" / run
 
 
-def no_extra(root: Path, seed: int) -> list[str]:
-    return []
-
-
 def kept(root: Path, seed: int, arm: str = "select") -> list[str]:
+    """The records that a selection kept."""
     return [f"data.train={folder(root, arm, seed) / 'selected.jsonl'}"]
 
 
@@ -65,11 +61,11 @@ def both_modes(root: Path, seed: int) -> list[str]:
     cfg = config.load(config.SftConfig, [str(folder(root, "base", seed) / "config.yaml")])
     records = []
     for sample in read_samples(str(REPO / cfg.data.train)):
-        thought = (
-            sample.options["ABCD".index(sample.answer)] if sample.options else sample.question[len("When is the ") :]
-        )
-        thought = thought.removesuffix(" visible?")
-        thought += f" at {sum(sample.segments[0]) // 2:.0f}" if sample.segments else ""
+        thought = sample.question.removeprefix("When is the ").removesuffix(" visible?")
+        if sample.options:
+            thought = sample.options["ABCD".index(sample.answer)]
+        if sample.segments:
+            thought += f" at {sum(sample.segments[0]) // 2:.0f}"
         response = f"<think>{thought}</think>{format_answer(sample)}"
         thinking = {"id": f"{sample.id}/think", "question": THINK + sample.question, "response": response}
         records += [to_record(sample), to_record(sample) | thinking]
@@ -98,7 +94,7 @@ class Arm:
     config: str  # the last file of its chain, in configs/ablations
     start: str = "base"  # the arm whose final model it starts from; "": the config's model
     needs: tuple[str, ...] = ()  # further arms it is made from
-    extra: Callable[[Path, int], list[str]] = no_extra  # overrides, known when those are finished
+    extra: Callable[[Path, int], list[str]] | None = None  # overrides, of root and seed, when those are finished
     answers: tuple[str, ...] = ("plain",)  # of ANSWERS; none: not tested
     seconds: float = 110.0  # expected of the run, on one thread
 

@@ -1,17 +1,17 @@
 """The whole story in the tiny world: a base model, then SFT and GRPO on grounding from it, evaluated side by side.
 
-    python -m experiments.demo --dir runs/demo --seed 0                # what `make demo` runs; about 8 minutes on 2 cores
-    python -m experiments.demo --table runs/demo runs/demo_1 runs/demo_2   # one table over the seeds that were run
+    python -m experiments.demo --dir runs/demo --seed 0         # what `make demo` runs: about 8 minutes on 2 cores
+    python -m experiments.demo --table runs/demo runs/demo_1    # one table over the seeds that were run
 
-It calls the same mains as the command line, with configs/tiny_*.yaml. Writes results.json, curves.png, report.html and
-the run folders base/, sft_*/, grpo/ and eval_*/ into --dir. Both trainings keep the checkpoint that is best on
-validation.
+It calls the same mains as the command line, with configs/tiny_*.yaml. Writes results.json, report.html and the run
+folders base/, sft_*/, grpo/ and eval_*/ into --dir. Both trainings keep the checkpoint that is best on validation.
 """
 
 import argparse
 import json
 import shutil
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,162 +20,124 @@ import yaml
 
 import report
 import tiny
-from metrics import intervals, tasks
-from metrics import rows as prediction_rows
+from experiments.seeds import markdown, with_std
+from metrics.compare import read_result
+from metrics.intervals import in_points, paired_difference
+from metrics.rows import read_rows
 from runtime.arguments import user_errors
 
 WORLD = "tiny_world"
 SFT_LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # the sweep; steps are swept by keeping the best of the validations
-COLUMNS = {
-    "tvg/miou": ("eval_{}", "tvg", "miou"),
-    "tvg/r1@0.7": ("eval_{}", "tvg", "r1@0.7"),
-    "tvg_ood/miou": ("eval_{}_ood", "tvg", "miou"),
-    "mcqa/accuracy": ("eval_{}", "mcqa", "accuracy"),
-    "gqa/acc_gqa": ("eval_{}", "gqa", "acc_gqa"),
+TESTS = {"": "mix_test", "_ood": "tvg_ood_test"}  # the end of an evaluation's name, and its data
+COLUMNS = {  # test, task, metric
+    "tvg/miou": ("", "tvg", "miou"),
+    "tvg/r1@0.7": ("", "tvg", "r1@0.7"),
+    "tvg_ood/miou": ("_ood", "tvg", "miou"),
+    "mcqa/accuracy": ("", "mcqa", "accuracy"),
+    "gqa/acc_gqa": ("", "gqa", "acc_gqa"),
 }
 ROWS = ("floor", "base", "sft", "grpo")
 PAIRS = {"grpo - base": ("base", "grpo"), "grpo - sft": ("sft", "grpo"), "sft - base": ("base", "sft")}
 
 
-class Stopwatch:
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
+# ---- trainings and evaluations ---------------------------------------------------------------------------------------
+def run_demo(root: Path, seed: int) -> None:
+    if root.exists():
+        print(f"replacing {root}")
+        shutil.rmtree(root)
+    seconds: dict[str, float] = {}
+    with timed("world", seconds):
+        tiny.main(["--out", WORLD])
+    models = train_all(root, seed, seconds)
+    with timed("eval", seconds):
+        evaluate_all(root, models)
+    sft = models["sft"].parent
+    results = results_of(root) | {"seconds": seconds, "seed": seed}
+    lr = float(sft.name.removeprefix("sft_"))
+    results["seen"] = {"sft": seen(sft) | {"learning_rate": lr}, "grpo": seen(root / "grpo")}
+    results["models"] = {name: str(path) for name, path in models.items()}
+    (root / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nresults.json is in {root}\n")
+    print_table([root])
+    print("\n== report", flush=True)
+    tests = [root / f"eval_{name}{test}" for test in TESTS for name in models]
+    report.main([*map(str, (root / "grpo", sft, *tests)), "--out", str(root / "report.html")])
 
-    @contextmanager
-    def __call__(self, phase: str):
-        print(f"\n== {phase}", flush=True)
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = round(time.perf_counter() - start, 1)
+
+@contextmanager
+def timed(phase: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"\n== {phase}", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[phase] = round(time.perf_counter() - start, 1)
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def best_validation(folder: Path) -> tuple[float, int]:
-    """The best validation score of a run and the step it was reached at."""
-    scores = [(row["validation/score"], row["step"]) for row in read_metrics(folder) if "validation/score" in row]
-    return max(scores, key=lambda pair: (pair[0], -pair[1]))
-
-
-def train_all(root: Path, seed: int, watch: Stopwatch) -> dict[str, Path]:
+def train_all(root: Path, seed: int, seconds: dict[str, float]) -> dict[str, Path]:
     """Train base, SFT (the sweep) and GRPO; returns the model folder of each."""
     import train_grpo  # here and below, so that --help and --table need no torch, which takes seconds to import
     import train_sft
 
-    with watch("base"):
+    with timed("base", seconds):
         train_sft.main(["--config", "configs/tiny_base.yaml", f"run.dir={root}/base", f"run.seed={seed}"])
     base = root / "base" / "final"
     common = [f"model.path={base}", f"run.seed={seed}"]
-    with watch("sft"):
+    with timed("sft", seconds):
         for lr in SFT_LEARNING_RATES:
             overrides = [f"run.dir={root}/sft_{lr:g}", f"optim.lr={lr}", *common]
             train_sft.main(["--config", "configs/tiny_sft.yaml", *overrides])
     sft = max((root / f"sft_{lr:g}" for lr in SFT_LEARNING_RATES), key=best_validation)
-    with watch("grpo"):
+    with timed("grpo", seconds):
         train_grpo.main(["--config", "configs/tiny.yaml", f"run.dir={root}/grpo", *common])
     return {"base": base, "sft": sft / "best", "grpo": root / "grpo" / "best"}
 
 
-def evaluate_all(root: Path, models: dict[str, Path]) -> None:
+def best_validation(run: Path) -> tuple[float, int]:
+    """The best validation score of a run, and the first step that it was reached at."""
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "validation/score" in row]
+    best = max(rows, key=lambda row: row["validation/score"])
+    return best["validation/score"], best["step"]
+
+
+def evaluate_all(root: Path, models: Mapping[str, Path]) -> None:
     import eval as evaluation
 
     for name, model in models.items():
-        for suffix, test in (("", "mix_test"), ("_ood", "tvg_ood_test")):
-            overrides = [
-                f"model.path={model}",
-                f"run.dir={root}/eval_{name}{suffix}",
-                f"data.test={WORLD}/{test}.yaml",
-            ]
+        for test, data in TESTS.items():
+            overrides = [f"run.dir={root}/eval_{name}{test}", f"model.path={model}", f"data.test={WORLD}/{data}.yaml"]
             evaluation.main(["run", "--config", "configs/tiny_eval.yaml", *overrides])
 
 
-def rows_of(root: Path, name: str, column: str) -> list[dict]:
-    folder, task, _ = COLUMNS[column]
-    rows = prediction_rows.read_rows(root / folder.format(name) / "predictions.jsonl")
-    return [row for row in rows if row["task"] == task]
+# ---- results ---------------------------------------------------------------------------------------------------------
+def results_of(root: Path) -> dict[str, dict]:
+    """`rows`: percent by model and column. `paired`: by pair of models and column, the difference and its interval.
+
+    The row `floor` is the best constant answer of the training set, which any model has to pass.
+    """
+    models = ("base", "sft", "grpo")
+    rows: dict[str, dict[str, float]] = {name: {} for name in (*models, "floor")}
+    paired: dict[str, dict[str, list[float]]] = {pair: {} for pair in PAIRS}
+    for column, (test, task, metric) in COLUMNS.items():
+        results = {name: read_result(root / f"eval_{name}{test}") for name in models}
+        percent = {name: result.percent(task, metric) for name, result in results.items()}
+        for name in models:
+            rows[name][column] = round(float(np.mean(list(percent[name].values()))), 4)
+        floor = json.loads(Path(results["base"].path).read_text())["floor"]
+        rows["floor"][column] = round(floor[task][metric], 4)
+        for pair, (a, b) in PAIRS.items():
+            difference = paired_difference(percent[a], percent[b], results[a].clusters)
+            paired[pair][column] = [round(x, 2) for x in difference]
+    return {"rows": rows, "paired": paired}
 
 
-def values(root: Path, name: str, column: str) -> dict[str, float]:
-    """Per-sample values (percent) of one column of the table."""
-    return {row["id"]: 100 * tasks.sample_values(row)[COLUMNS[column][2]] for row in rows_of(root, name, column)}
-
-
-def floors(root: Path) -> dict[str, float]:
-    """What the best constant answer of the training set earns in each column: the floor that any model has to pass."""
-    found = {}
-    for column, (folder, task, metric) in COLUMNS.items():
-        content = json.loads((root / folder.format("base") / "metrics.json").read_text())
-        found[column] = round(content["floor"][task][metric], 4)
+def seen(run: Path) -> dict[str, float]:
+    """What a training looked at, up to the checkpoint that was kept."""
+    _, step = best_validation(run)
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step]
+    batch_size = yaml.safe_load((run / "config.yaml").read_text())["data"]["batch_size"]
+    found = {"kept_step": step, "videos": step * batch_size}
+    for name, key in (("target_tokens", "tokens/targets"), ("sampled_tokens", "tokens/completion")):
+        found[name] = int(sum(row.get(key, 0) for row in rows))
     return found
-
-
-def paired(root: Path) -> dict[str, dict[str, list[float]]]:
-    """For each pair of rows and column: mean difference in points and its paired 95% interval."""
-    result: dict[str, dict[str, list[float]]] = {}
-    for pair, (a, b) in PAIRS.items():
-        result[pair] = {}
-        for column in COLUMNS:
-            left, right = values(root, a, column), values(root, b, column)
-            clusters = [tasks.cluster_of(row) for row in rows_of(root, a, column)]
-            difference = intervals.paired_interval(list(left.values()), [right[i] for i in left], clusters=clusters)
-            result[pair][column] = [round(x, 2) for x in difference]
-    return result
-
-
-def seen(root: Path, sft: Path) -> dict[str, dict]:
-    """What each training looked at, up to the checkpoint that was kept."""
-    (_, sft_step), (_, grpo_step) = best_validation(sft), best_validation(root / "grpo")
-    grpo_rows = [row for row in read_metrics(root / "grpo") if row["step"] <= grpo_step]
-    sft_rows = [row for row in read_metrics(sft) if row["step"] <= sft_step]
-    batch_sizes = {
-        run: yaml.safe_load((run / "config.yaml").read_text())["data"]["batch_size"] for run in (sft, root / "grpo")
-    }
-    return {
-        "sft": {
-            "kept_step": sft_step,
-            "learning_rate": float(sft.name.removeprefix("sft_")),
-            "videos": sft_step * batch_sizes[sft],
-            "target_tokens": int(sum(row["tokens/targets"] for row in sft_rows)),
-            "sampled_tokens": 0,
-        },
-        "grpo": {
-            "kept_step": grpo_step,
-            "videos": grpo_step * batch_sizes[root / "grpo"],
-            "sampled_tokens": int(sum(row["tokens/completion"] for row in grpo_rows)),
-        },
-    }
-
-
-def plot_curves(root: Path) -> None:
-    """Reward, validation mIoU and completion length of the GRPO run."""
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(root / "grpo")
-    steps = [row["step"] for row in rows]
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for key in ("reward/total", "reward/format", "reward/iou"):
-        axes[0].plot(steps, smooth([row[key] for row in rows]), label=key)
-    axes[0].set(title="Training reward (running mean of 20 steps)", xlabel="step", ylim=(0, 1.02))
-    axes[0].legend()
-    checked = [row for row in rows if "validation/tvg/miou" in row]
-    axes[1].plot([row["step"] for row in checked], [row["validation/tvg/miou"] for row in checked], marker="o")
-    axes[1].set(title="Validation mIoU (%)", xlabel="step")
-    axes[2].plot(steps, smooth([row["length/mean"] for row in rows]), label="length/mean")
-    axes[2].plot(steps, [row["length/max"] for row in rows], alpha=0.3, label="length/max")
-    axes[2].set(title="Completion length (tokens)", xlabel="step", ylim=(0, None))
-    axes[2].legend()
-    figure.savefig(root / "curves.png", dpi=120)
-
-
-def smooth(series: list[float], window: int = 20) -> np.ndarray:
-    """Running mean over the last `window` values."""
-    sums = np.cumsum([0.0, *series])
-    ends = np.arange(1, len(series) + 1)
-    starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def read_results(root: Path) -> dict:
@@ -194,50 +156,18 @@ def read_results(root: Path) -> dict:
 
 
 def print_table(roots: list[Path]) -> None:
-    """Mean over the runs (and standard deviation, where there are several), then the paired differences of each.
-
-    The row `floor` is the best constant answer of the training set.
-    """
+    """Mean over the runs (and standard deviation, where there are several), then the paired differences of each."""
     results = [read_results(root) for root in roots]
-    print("| |" + "|".join(COLUMNS) + "|\n|---|" + "---|" * len(COLUMNS))
+    rows = []
     for name in ROWS:
-        cells = []
-        for column in COLUMNS:
-            numbers = [result["rows"][name][column] for result in results]
-            spread = f" ± {np.std(numbers, ddof=1):.1f}" if len(numbers) > 1 else ""
-            cells.append(f"{np.mean(numbers):.1f}{spread}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        numbers = [[result["rows"][name][column] for result in results] for column in COLUMNS]
+        rows.append((name, [with_std(np.mean(n), np.std(n, ddof=1) if len(n) > 1 else None) for n in numbers]))
+    print("\n".join(markdown(list(COLUMNS), rows)))
     for root, result in zip(roots, results):
         print(f"\n{root}: seed {result['seed']}, {sum(result['seconds'].values()):.0f} s; saw {result['seen']}")
         for pair, columns in result["paired"].items():
-            shown = ", ".join(f"{column} {m:+.1f} [{lo:+.1f}, {hi:+.1f}]" for column, (m, lo, hi) in columns.items())
+            shown = ", ".join(f"{column} {in_points(difference)}" for column, difference in columns.items())
             print(f"  {pair} (points, paired 95% interval): {shown}")
-
-
-def run_demo(root: Path, seed: int) -> None:
-    if root.exists():
-        print(f"replacing {root}")
-        shutil.rmtree(root)
-    watch = Stopwatch()
-    with watch("world"):
-        tiny.main(["--out", WORLD])
-    models = train_all(root, seed, watch)
-    with watch("eval"):
-        evaluate_all(root, models)
-    rows = {n: {c: round(float(np.mean(list(values(root, n, c).values()))), 4) for c in COLUMNS} for n in models}
-    rows["floor"] = floors(root)
-    result = {"rows": rows, "seconds": watch.seconds, "seed": seed, "paired": paired(root)}
-    result |= {
-        "seen": seen(root, models["sft"].parent),
-        "models": {n: str(path) for n, path in models.items()},
-    }
-    (root / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot_curves(root)
-    print(f"\nresults.json and curves.png are in {root}\n")
-    print_table([root])
-    print("\n== report", flush=True)
-    tests = [root / f"eval_{name}{suffix}" for suffix in ("", "_ood") for name in models]
-    report.main([*map(str, (root / "grpo", models["sft"].parent, *tests)), "--out", str(root / "report.html")])
 
 
 def main(argv: list[str] | None = None) -> None:

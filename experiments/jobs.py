@@ -1,160 +1,143 @@
-"""The commands of an experiment, several side by side: resumable, each with its log, one bar over all of them.
+"""The commands of an experiment, several side by side on this machine: resumable, each with its log.
 
-Not a scheduler for several machines: `run_all` calls train_sft.py, eval.py and the like as processes on this one. What
-stands finished in the folder is not run again, what was left half-way is started over, and a job that fails stops only
-those that need it. Nothing to run; used by experiments/ablations.py and benchmarks/bench_losses.py.
+What stands finished in the folder is not run again, what was left half-way is started over, and a job that fails stops
+only those that need it. experiments/ablations.py and benchmarks/bench_losses.py use it.
 """
 
 import fcntl
-import hashlib
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
 
+import yaml
 from tqdm import tqdm
 
+import config
+from runtime.signals import handled
+
 REPO = Path(__file__).resolve().parents[1]
-MARKER = "job.json"  # in the folder of a finished job: what it was, and what it took
-NOT_RUN = "not run, for want of"
+PROGRAMS = {
+    "train_sft.py": config.SftConfig,
+    "train_grpo.py": config.GrpoConfig,
+    "select_data.py": config.SelectConfig,
+    "eval.py run": config.EvalRunConfig,
+}
+RESULTS = ("final", "metrics.json", "summary.json")  # what a training, an evaluation and a selection write at their end
 TAIL = 12  # lines of a failed job's log that are shown
-GRACE_S = 10  # that a process has to end in when it is told to
+BAR = "runs |{bar:20}| {elapsed}, {remaining} left"  # counts the expected seconds of jobs that have ended
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command. `name` is its run folder below the root; its log stands beside that folder."""
+    """One command. `name` is its run folder below the root, and its log stands beside that folder."""
 
     name: str
-    words: Callable[[], Sequence[str]]  # script and arguments but run.dir, made when its turn comes; may raise
+    program: str  # of PROGRAMS
+    words: Callable[[], Sequence[str]]  # files and overrides but run.dir, made when its turn comes; may raise
     needs: tuple[str, ...] = ()  # names of jobs before it in the list
-    seconds: float = 1.0  # that it is expected to take: the bar counts in them
+    seconds: float = 15.0  # that it is expected to take
+
+
+def unfinished(jobs: Sequence[Job], root: Path) -> list[Job]:
+    """The jobs whose result is not there, and those that are made from such a one.
+
+    Raises ValueError where a folder holds something else, or a result of another configuration than the job has now.
+    """
+    todo: dict[str, Job] = {}
+    for job in jobs:
+        folder = root / job.name
+        if folder.exists() and not _log_of(folder).is_file():
+            raise ValueError(f"{folder} is there, and not from here: remove it, or use another folder")
+        if todo.keys() & set(job.needs) or not _is_finished(job, root):
+            todo[job.name] = job
+    return list(todo.values())
 
 
 def run_all(jobs: Sequence[Job], root: Path, parallel: int, threads: int = 1) -> dict[str, str]:
     """Run what is not finished, at most `parallel` jobs at a time; returns why those failed that did, by name.
 
-    Ctrl-C and SIGTERM end the running ones. Raises ValueError where another call works in the same folder.
+    Ctrl-C and SIGTERM end the running ones. Raises ValueError as `unfinished` does, and where another call works in the
+    same folder.
     """
-    names = [job.name for job in jobs]
-    assert all(name not in names[:i] and set(jobs[i].needs) <= set(names[:i]) for i, name in enumerate(names))
-    waiting, done, failed = list(jobs), set[str](), dict[str, str]()
-    running: dict[Future, tuple[Job, Sequence[str]]] = {}
-    children: list[subprocess.Popen] = []
-    expected = {job.name: job.seconds for job in jobs if not read_marker(root / job.name)}  # of those to be run
-    with locked(root) as lock, ThreadPoolExecutor(parallel) as pool, ending(children), bar_of(expected) as bar:
-        while waiting or running:
-            for job in [job for job in waiting if set(job.needs) <= done | failed.keys()]:
-                if len(running) == parallel:
-                    break
-                waiting.remove(job)
+    running: dict[str, subprocess.Popen] = {}
+    failed: dict[str, str] = {}
+    with _locked(root) as lock, _all_ended(running):
+        todo = {job.name: job for job in unfinished(jobs, root)}
+        for name in todo:  # all of them now, so that no result outlives the one that it was made from
+            shutil.rmtree(root / name, ignore_errors=True)
+        order = TopologicalSorter({name: todo.keys() & set(job.needs) for name, job in todo.items()})
+        order.prepare()
+        ready = list(order.get_ready())
+        bar = tqdm(total=sum(job.seconds for job in todo.values()), bar_format=BAR, smoothing=0)
+        while ready or running:
+            while ready and len(running) < parallel:
+                name = ready.pop(0)
                 try:
-                    words = checked_words(job, root, failed)
+                    running[name] = _start(todo[name], root, threads, lock)
                 except (ValueError, OSError, KeyError) as error:
-                    failed[job.name] = str(error)
-                    bar.total -= expected.get(job.name, 0)
+                    failed[name] = str(error)
+            time.sleep(0.1)
+            for name in [name for name, child in running.items() if child.poll() is not None]:
+                code = running.pop(name).returncode
+                bar.update(todo[name].seconds)
+                if code:
+                    failed[name] = f"exit code {code}; the end of {_log_of(root / name)}:\n{_tail(root / name)}"
                     continue
-                if is_finished(job, root):
-                    done.add(job.name)
-                    continue
-                bar.total += 0 if job.name in expected else job.seconds
-                children.append(start(root / job.name, words, threads, lock))
-                running[pool.submit(seconds_of, children[-1])] = job, words
-            show(bar, len(jobs), len(done) + len(failed), [job.name for job, _ in running.values()])
-            for future in wait(running, timeout=5, return_when=FIRST_COMPLETED).done:
-                job, words = running.pop(future)
-                code, seconds = future.result()
-                if code in (-signal.SIGINT, -signal.SIGTERM):
-                    failed[job.name] = "a signal has stopped it"
-                elif code:
-                    log = log_of(root / job.name)
-                    failed[job.name] = "\n".join([f"exit code {code}; the end of {log}:", *last_lines(log)])
-                else:
-                    done.add(job.name)
-                    write_marker(job, words, root, seconds)
-                bar.update(job.seconds)
-        show(bar, len(jobs), len(done) + len(failed), [])
+                shutil.rmtree(root / name / "checkpoints", ignore_errors=True)  # only a resume would need them
+                order.done(name)
+            ready += order.get_ready()  # what needs a failed job never is
+        bar.close()
     return failed
 
 
-def checked_words(job: Job, root: Path, failed: dict[str, str]) -> list[str]:
-    """The job's words; ValueError where what it needs is missing, or its folder holds something else."""
-    missing = [name for name in job.needs if name in failed]
-    if missing:
-        raise ValueError(f"{NOT_RUN} {missing[0]}")
-    words = list(job.words())
-    folder, marker = root / job.name, read_marker(root / job.name)
-    if marker and marker["words"] != named(words, root):
-        raise ValueError(f"{folder} is of another command or configuration: remove it, or use another folder")
-    if folder.exists() and not log_of(folder).is_file():
-        raise ValueError(f"{folder} is there, and not from here: remove it, or use another folder")
-    return words
+def report(failed: dict[str, str]) -> str:
+    return "\n\n".join(f"FAILED {name}: {why}" for name, why in failed.items())
 
 
-def is_finished(job: Job, root: Path) -> bool:
-    """Whether its result is there, and newer than those it was made from."""
-    marker = read_marker(root / job.name)
-    return bool(marker) and all(read_marker(root / name)["time"] <= marker["time"] for name in job.needs)
-
-
-def named(words: Sequence[str], root: Path) -> list[str]:
-    """The words as a marker has them: without the root, which may move, and with the content of configuration files."""
-    files = [word for word in words if word.endswith(".yaml") and "=" not in word]
-    hashes = [f"{Path(file).name}: {hashlib.sha256((REPO / file).read_bytes()).hexdigest()[:12]}" for file in files]
-    return [word.replace(str(root), "ROOT") for word in words if word not in files] + hashes
-
-
-def read_marker(folder: Path) -> dict[str, Any]:
-    """{} where the job is not finished."""
-    path = folder / MARKER
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def write_marker(job: Job, words: Sequence[str], root: Path, seconds: float) -> None:
-    """Says that the job is finished; its checkpoints, which only a resume would need, go."""
+def _is_finished(job: Job, root: Path) -> bool:
+    """Whether the result is there. Raises ValueError where its config.yaml is not what the job would write now."""
     folder = root / job.name
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    content = {"words": named(words, root), "seconds": round(seconds, 1), "time": time.time()}
-    aside = folder / f"{MARKER}.tmp"
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    aside.replace(folder / MARKER)
+    if not any((folder / name).exists() for name in RESULTS):
+        return False
+    files, overrides = config.split_overrides([*job.words(), f"run.dir={folder}"])
+    cfg = config.load(PROGRAMS[job.program], [str(REPO / file) for file in files], overrides)
+    now, there = (config.flat(yaml.safe_load(y)) for y in (config.to_yaml(cfg), (folder / "config.yaml").read_text()))
+    keys = sorted(key for key in now.keys() | there.keys() if now.get(key) != there.get(key))
+    if keys:
+        raise ValueError(f"{folder} is of another configuration ({', '.join(keys)}): remove it, or use another folder")
+    return True
 
 
-def start(folder: Path, words: Sequence[str], threads: int, lock: int) -> subprocess.Popen:
-    """A process of its own group, which keeps the lock for as long as it lives, whatever becomes of this one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def _start(job: Job, root: Path, threads: int, lock: int) -> subprocess.Popen:
+    """A process that holds the lock for as long as it lives, whatever becomes of this one."""
+    folder = root / job.name
+    command = [sys.executable, *job.program.split(), "--config", *job.words(), f"run.dir={folder}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30"}
-    with open(log_of(folder), "w") as log:
-        return subprocess.Popen(
-            [sys.executable, *words, f"run.dir={folder}"],
-            cwd=REPO,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=(lock,),
-        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(_log_of(folder), "w") as log:
+        files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT, "pass_fds": (lock,)}
+        return subprocess.Popen(command, cwd=REPO, env=environment, **files)
 
 
-def seconds_of(child: subprocess.Popen) -> tuple[int, float]:
-    """Exit code of a process, and how long it went on."""
-    begin = time.perf_counter()
-    return child.wait(), time.perf_counter() - begin
+def _log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def _tail(folder: Path) -> str:
+    """The end of a job's log; of a bar that was drawn over itself, the last state."""
+    lines = _log_of(folder).read_bytes().decode("utf-8", "replace").split("\n")
+    return "\n".join([line.rstrip("\r").rpartition("\r")[2] for line in lines if line.strip()][-TAIL:])
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[int]:
+def _locked(root: Path) -> Iterator[int]:
     """The folder for this call and its processes alone: a file descriptor that holds the lock."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "w") as file:
@@ -166,48 +149,17 @@ def locked(root: Path) -> Iterator[int]:
 
 
 @contextmanager
-def ending(children: list[subprocess.Popen]) -> Iterator[None]:
-    """However this is left, no process stays; SIGTERM is as Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _all_ended(running: dict[str, subprocess.Popen]) -> Iterator[None]:
+    """However the block is left, no process stays; SIGTERM is as Ctrl-C."""
+
+    def interrupt(number: int) -> None:
+        raise KeyboardInterrupt
+
     try:
-        yield
+        with handled(interrupt):
+            yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        alive = [child for child in children if child.poll() is None]
-        for child in alive:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGTERM)
-        for child in alive:
-            try:
-                child.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-
-
-def bar_of(expected: dict[str, float]) -> tqdm:
-    """Counts expected seconds, so that the time left is right for jobs of unequal length."""
-    layout = "{desc} |{bar:20}| {elapsed}, {remaining} left{postfix}"
-    return tqdm(total=sum(expected.values()), bar_format=layout, smoothing=0)
-
-
-def show(bar: tqdm, num: int, num_ended: int, names: Sequence[str]) -> None:
-    """Drawn at once on a terminal, or at the end; elsewhere with the next update."""
-    bar.set_description_str(f"{num_ended}/{num} runs", refresh=False)
-    bar.set_postfix_str(" ".join(names), refresh=sys.stderr.isatty() or not names)
-
-
-def log_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.log")
-
-
-def last_lines(path: Path) -> list[str]:
-    """Of a log; of a bar that was drawn over itself, the last state."""
-    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
-    return [line.rstrip("\r").rpartition("\r")[2] for line in lines if line.strip()][-TAIL:]
-
-
-def report(failed: dict[str, str]) -> str:
-    """What is printed of the failed jobs at the end: those that ended badly, and how many they stopped."""
-    ended = [f"FAILED {name}: {why}" for name, why in failed.items() if not why.startswith(NOT_RUN)]
-    num = len(failed) - len(ended)
-    return "\n\n".join([*ended, f"{num} more not run, for want of these"] if num else ended)
+        for child in running.values():
+            child.terminate()
+        for child in running.values():
+            child.wait()

@@ -1,128 +1,109 @@
-"""Results over seeds: means, intervals over seeds and questions, paired differences, a table, figures. Nothing to run.
+"""Results over seeds: means, intervals over seeds and questions, paired differences, tables and figures.
 
-It trains and scores nothing: `Values` in, numbers out. Used by experiments/ablations.py.
+It trains and scores nothing. experiments/ablations.py uses it, and experiments/demo.py its tables.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from metrics.intervals import crossed_interval
+from metrics.intervals import Values, crossed_interval, in_points, matrix, paired_difference
 
-Values = Mapping[str, Mapping[str, float]]  # of one seed's model: percent by column and question
-
-
-def matrix(by_seed: Mapping[int, Values], column: str, seeds: Sequence[int]) -> np.ndarray:
-    """(seeds, questions) of one column, questions sorted. Raises ValueError where two seeds have other questions."""
-    questions = sorted(by_seed[seeds[0]][column])
-    if any(sorted(by_seed[seed][column]) != questions for seed in seeds):
-        raise ValueError(f"{column}: the seeds {list(seeds)} answered different questions")
-    return np.array([[by_seed[seed][column][question] for question in questions] for seed in seeds])
+BySeed = Mapping[int, Mapping[str, Values]]  # one arm's models: percent by seed, column and question
+Rows = Mapping[str, Mapping[str, Any]]  # the rows of a question in results.json, by label
 
 
-def statistics(by_seed: Mapping[int, Values]) -> dict[str, dict[str, Any]]:
-    """By column: `mean`, `std` over seeds (None of one), `ci95` and the mean of each of the `seeds`."""
-    seeds = sorted(by_seed)
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+def statistics(by_seed: BySeed) -> dict[str, dict[str, Any]]:
+    """By column: `mean`, `std` over seeds (None for a single seed), `ci95`, and the mean of each of the `seeds`.
+
+    Raises ValueError where the seeds answered different questions.
+    """
     found = {}
-    for column in by_seed[seeds[0]]:
-        values_SN = matrix(by_seed, column, seeds)
+    for column in next(iter(by_seed.values())):
+        values_SN = matrix([by_seed[seed][column] for seed in sorted(by_seed)])
         mean, *ci95 = crossed_interval(values_SN)
-        means_S = values_SN.mean(1)
-        std = float(means_S.std(ddof=1)) if len(seeds) > 1 else None
-        found[column] = {"mean": mean, "std": std, "ci95": ci95, "seeds": dict(zip(map(str, seeds), means_S.tolist()))}
+        means = dict(zip(map(str, sorted(by_seed)), values_SN.mean(1).tolist()))
+        std = float(np.std(list(means.values()), ddof=1)) if len(means) > 1 else None
+        found[column] = {"mean": mean, "std": std, "ci95": ci95, "seeds": means}
     return found
 
 
-def differences(by_seed: Mapping[int, Values], others: Mapping[int, Values]) -> dict[str, dict[str, Any]]:
-    """By column: mean of ours - theirs, paired by seed and question, over the seeds that both have, and `ci95`."""
-    seeds = sorted(by_seed.keys() & others.keys())
+def differences(by_seed: BySeed, others: BySeed) -> dict[str, dict[str, Any]]:
+    """By column: the mean of ours - theirs over the seeds that both have, `ci95`, and the mean of each of the `seeds`.
+
+    Pairs are of the same seed and question. Raises ValueError where the two sides answered different questions.
+    """
+    shared = sorted(by_seed.keys() & others.keys())
     found = {}
-    for column in by_seed[seeds[0]] if seeds else ():
-        if by_seed[seeds[0]][column].keys() != others[seeds[0]][column].keys():
-            raise ValueError(f"{column}: the two sides answered different questions")
-        ours_SN, theirs_SN = matrix(by_seed, column, seeds), matrix(others, column, seeds)
-        mean, *ci95 = crossed_interval(ours_SN - theirs_SN)
-        means_S = (ours_SN - theirs_SN).mean(1)
-        found[column] = {"mean": mean, "ci95": ci95, "seeds": dict(zip(map(str, seeds), means_S.tolist()))}
+    for column in by_seed[shared[0]] if shared else ():
+        theirs, ours = ([side[seed][column] for seed in shared] for side in (others, by_seed))
+        mean, *ci95 = paired_difference(theirs, ours)
+        means = (matrix(ours) - matrix(theirs)).mean(1).tolist()
+        found[column] = {"mean": mean, "ci95": ci95, "seeds": dict(zip(map(str, shared), means))}
     return found
 
 
-def table(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
-    """Markdown: every row's mean ± standard deviation over seeds, then the differences with their intervals."""
-    lines = ["| |" + "|".join(columns) + "|", "|---|" + "---|" * len(columns)]
+# ---- tables ----------------------------------------------------------------------------------------------------------
+def markdown(columns: Sequence[str], rows: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+    """The lines of a table; a row is its label and its cells."""
+    head = ["| |" + "|".join(columns) + "|", "|---|" + "---|" * len(columns)]
+    return head + [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows]
+
+
+def with_std(mean: float, std: float | None) -> str:
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+
+
+def table(rows: Rows, columns: Sequence[str]) -> list[str]:
+    """Every row's mean and standard deviation over seeds, then the differences with their intervals."""
+    found = []
     for label, row in rows.items():
         cells = [row["values"][column] for column in columns]
-        shown = [f"{c['mean']:.1f}" + ("" if c["std"] is None else f" ± {c['std']:.1f}") for c in cells]
-        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+        found.append((label, [with_std(cell["mean"], cell["std"]) for cell in cells]))
     for label, row in rows.items():
         for other, difference in row["minus"].items():
             cells = [difference[column] for column in columns]
-            shown = [f"{c['mean']:+.1f} [{c['ci95'][0]:+.1f}, {c['ci95'][1]:+.1f}]" for c in cells]
-            lines.append(f"| ({label}) - ({other}) | " + " | ".join(shown) + " |")
-    return lines
+            found.append((f"({label}) - ({other})", [in_points((cell["mean"], *cell["ci95"])) for cell in cells]))
+    return markdown(columns, found)
 
 
-def dots(rows: Mapping[str, Mapping[str, Any]], column: str, name: str, ax: Axes) -> None:
-    """One line per row, the first on top: a small dot per seed, the mean and its 95% interval."""
-    labels = list(rows)
-    for place, label in enumerate(labels):
-        cell = rows[label]["values"][column]
-        means = list(cell["seeds"].values())
-        ax.plot(means, [place + 0.2] * len(means), "o", color="tab:gray", markersize=4, label="a seed")
-        low, high = cell["ci95"]
-        ax.plot([low, high], [place, place], color="tab:blue", label="95% interval")
-        ax.plot(cell["mean"], place, "D", color="tab:blue", markersize=6, label="mean")
-    ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlabel=f"{name} (%)")
-    ax.grid(axis="x", alpha=0.3)
+# ---- figures ---------------------------------------------------------------------------------------------------------
+def dots(rows: Rows, column: str, ax: Axes) -> None:
+    """One line for each row, the first on top: a small dot for each seed, the mean and its 95% interval."""
+    for place, row in enumerate(rows.values()):
+        _mark(ax, place, row["values"][column], "tab:blue")
+    _label(ax, list(rows))
 
 
-def dots_figure(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> Figure:
-    """`dots` of several columns, given with their names, side by side."""
-    figure = Figure(figsize=(2.5 + 2.6 * len(columns), 1.6 + 0.42 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for ax, (column, name) in zip(axes, columns.items()):
-        dots(rows, column, name, ax)
-    handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1]))
-    figure.legend(handles.values(), handles, loc="outside lower right", ncols=3, fontsize="small")
-    return figure
-
-
-def forest(rows: Mapping[str, Mapping[str, Any]], column: str, ax: Axes) -> None:
-    """One line per difference, the first on top: a tick per seed, the mean, its 95% interval, both as numbers.
+def forest(rows: Rows, column: str, ax: Axes) -> None:
+    """One line for each difference, as in `dots`, coloured where the interval is clear of 0, and with the numbers.
 
     A row that names a `column` of its own is shown in that one.
     """
-    shown = []
+    shown = {}
     for label, row in rows.items():
         own = row["column"]
-        shown += [
-            (f"{label} minus {other}" + (f" ({own})" if own else ""), difference[own or column])
-            for other, difference in row["minus"].items()
-        ]
-    for place, (_, cell) in enumerate(shown):
-        (low, high), means = cell["ci95"], list(cell["seeds"].values())
-        colour = "tab:gray" if low <= 0 <= high else "tab:green" if low > 0 else "tab:red"
-        ax.plot([low, high], [place, place], color=colour, linewidth=5, alpha=0.5, solid_capstyle="butt")
-        ax.plot(means, [place] * len(means), "|", color="black", markersize=7, alpha=0.6)
-        ax.plot(cell["mean"], place, "D", color=colour, markersize=5)
-        text = f"{cell['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        for other, difference in row["minus"].items():
+            shown[f"{label} minus {other}" + (f" ({own})" if own else "")] = difference[own or column]
+    for place, cell in enumerate(shown.values()):
+        low, high = cell["ci95"]
+        _mark(ax, place, cell, "tab:gray" if low <= 0 <= high else "tab:green" if low > 0 else "tab:red")
+        text = in_points((cell["mean"], low, high))
         ax.text(1.01, place, text, transform=ax.get_yaxis_transform(), va="center", fontsize="small")
-    ax.set(yticks=range(len(shown)), yticklabels=[label for label, _ in shown], ylim=(len(shown) - 0.5, -0.5))
     ax.axvline(0, color="black", linewidth=0.8)
+    _label(ax, list(shown))
+
+
+def _mark(ax: Axes, place: int, cell: Mapping[str, Any], colour: str) -> None:
+    means = list(cell["seeds"].values())
+    ax.plot(means, [place + 0.2] * len(means), "o", color="tab:gray", markersize=4, label="a seed")
+    ax.plot(cell["ci95"], [place, place], color=colour, label="95% interval")
+    ax.plot(cell["mean"], place, "D", color=colour, markersize=6, label="mean")
+
+
+def _label(ax: Axes, labels: Sequence[str]) -> None:
+    ax.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
     ax.grid(axis="x", alpha=0.3)
-
-
-def forest_figure(panels: Sequence[tuple[str, Mapping[str, Mapping[str, Any]], str]]) -> Figure:
-    """`forest` of several (title, rows, column) above each other, on one scale; those without a difference left out."""
-    nums = [sum(len(row["minus"]) for row in rows.values()) for _, rows, _ in panels]
-    panels, nums = [panel for panel, num in zip(panels, nums) if num], [num for num in nums if num]
-    figure = Figure(figsize=(10, 1 + 0.4 * len(nums) + 0.22 * sum(nums)), layout="constrained")
-    if panels:
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=nums)[:, 0]
-        for ax, (title, rows, column) in zip(axes, panels):
-            forest(rows, column, ax)
-            ax.set_title(title, loc="right", fontsize="small", fontweight="bold")
-    return figure

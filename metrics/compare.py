@@ -1,7 +1,6 @@
 """Two or more results side by side, with paired intervals of their differences; different specifications are refused.
 
-It scores stored predictions (metrics/tasks.py) and runs no model. `python eval.py compare a/metrics.json
-b/metrics.json`.
+It scores stored predictions and runs no model: `python eval.py compare a/metrics.json b/metrics.json`.
 """
 
 import json
@@ -10,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from config import flat
-from metrics.intervals import paired_interval
+from metrics.intervals import in_points, paired_difference
 from metrics.rows import read_rows, with_truth
 from metrics.tasks import check_modes, cluster_of, score_each
 from records.files import read_samples
@@ -29,9 +30,16 @@ class Result:
     values: dict[str, dict[str | int, dict[str, float]]]  # by task and id, from 0 to 1
     clusters: dict[str | int, str | int]  # by id: what a bootstrap draws together
 
+    def percent(self, task: str, metric: str) -> dict[str | int, float]:
+        """A metric of every question, by its id, from 0 to 100."""
+        return {i: 100 * values[metric] for i, values in self.values[task].items()}
 
-def read_result(path: str) -> Result:
-    """Of a metrics.json, or the folder it is in.
+    def metrics(self, task: str) -> list[str]:
+        return list(next(iter(self.values[task].values())))
+
+
+def read_result(path: str | Path) -> Result:
+    """The result of a metrics.json, or of the folder it is in.
 
     Raises ValueError naming file and key for anything malformed, FileNotFoundError for a file that is not there.
     """
@@ -96,31 +104,22 @@ def compare(paths: Sequence[str], allowed: Sequence[str] = ()) -> list[str]:
 
 
 def _table(task: str, results: Sequence[Result]) -> list[str]:
-    first, others = results[0].values[task], results[1:]
-    shared = [[i for i in first if i in other.values[task]] for other in others]
-    if not all(shared):
+    first, others = results[0], results[1:]
+    paired = [len(first.values[task].keys() & other.values[task].keys()) for other in others]
+    if not all(paired):
         raise ValueError(f"{task}: two results have no sample in common")
     sizes = ", ".join(str(len(result.values[task])) for result in results)
-    pairs = ", ".join(str(len(ids)) for ids in shared)
     head = "".join(f"{f'[{i}]':>9}" for i in range(len(results)))
     head += "".join(f"{f'[{i}] - [0], 95% interval':>28}" for i in range(1, len(results)))
-    lines = [f"{task}: n {sizes}; paired {pairs}", f"{'':14}{head}"]
-    for name in (name for name in _names(first) if all(name in _names(other.values[task]) for other in others)):
-        cells = "".join(f"{_mean(result.values[task], name):9.2f}" for result in results)
-        for other, ids in zip(others, shared):
-            a, b = ([100 * values[i][name] for i in ids] for values in (first, other.values[task]))
-            mean, low, high = paired_interval(a, b, clusters=[results[0].clusters[i] for i in ids])
-            cells += f"{f'{mean:+.2f} [{low:+.2f}, {high:+.2f}]':>28}"
-        lines.append(f"{name:14}{cells}")
+    lines = [f"{task}: n {sizes}; paired {', '.join(map(str, paired))}", f"{'':14}{head}"]
+    for name in first.metrics(task):
+        if all(name in other.metrics(task) for other in others):
+            percent = [result.percent(task, name) for result in results]
+            cells = "".join(f"{np.mean(list(values.values())):9.2f}" for values in percent)
+            for values in percent[1:]:
+                cells += f"{in_points(paired_difference(percent[0], values, first.clusters), digits=2):>28}"
+            lines.append(f"{name:14}{cells}")
     return lines
-
-
-def _names(values: dict[str | int, dict[str, float]]) -> list[str]:
-    return list(next(iter(values.values())))
-
-
-def _mean(values: dict[str | int, dict[str, float]], name: str) -> float:
-    return 100 * sum(value[name] for value in values.values()) / len(values)
 
 
 def _short(value: Any, length: int = 40) -> str:

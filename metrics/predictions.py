@@ -27,8 +27,8 @@ def predict(
 ) -> Iterator[list[dict]]:
     """The prediction rows of each batch, in the order of its samples: greedy, or `num_answers` each from `seed`.
 
-    A row has `video_tokens`, `frames_cut`, `num_tokens` and `num_truncated`; or, where the video cannot be read, no
-    answer and an `error`. `policy` is the unwrapped model; `cfg` has `batch_size`, `max_new_tokens` and `answer`.
+    A row has `video_tokens`, `frames_cut`, `num_tokens` and `num_truncated`, or no answer and an `error` where the
+    video cannot be read. `policy` is the unwrapped model; `cfg` has `batch_size`, `max_new_tokens` and `answer`.
     `stand_in` is run for a batch without a readable video, where all processes must make the same calls.
     """
     samples = [sample for batch in batches for sample in batch]
@@ -42,19 +42,18 @@ def _predict_batch(
     batch: Sequence[Sample],
     loaded: Iterator[Prompt | VideoError],
     cfg,
-    num_answers: int,
+    num: int,
     seed: int | None,
     stand_in: Prompt | None,
 ) -> list[dict]:
     """The rows of one batch. Its prompts are made here and end here: their patches take memory on the device."""
     results = list(loaded)
-    prompts = [result for result in results if isinstance(result, Prompt)]
-    asked = prompts or ([stand_in] if stand_in else [])
-    answers = iter(_answers(policy, asked, cfg, num_answers, seed, stand_in is not None) if asked else ())
+    prompts = [result for result in results if isinstance(result, Prompt)] or ([stand_in] if stand_in else [])
+    answers = iter(_answers(policy, prompts, cfg, num, seed, stand_in is not None) if prompts else ())
     rows = []
     for sample, result in zip(batch, results, strict=True):
         if isinstance(result, VideoError):
-            rows.append(prediction(sample, [""] * num_answers, cfg.answer) | {"error": str(result)})
+            rows.append(prediction(sample, [""] * num, cfg.answer) | {"error": str(result)})
             continue
         texts, used = next(answers)
         used |= {"video_tokens": result.video.num_tokens, "frames_cut": result.video.frames_cut}
@@ -69,12 +68,12 @@ def _answers(
     embeds = policy.embed_each(prompts)
     sizes = RolloutConfig(group_size=num, max_new_tokens=cfg.max_new_tokens, micro_batch_size=cfg.batch_size)
     rollout = generate(policy, prompts, embeds, sizes, seed, synced=synced)
-    groups = [slice(i, i + num) for i in range(0, len(rollout.texts), num)]
-    used = [
-        {"num_tokens": int(rollout.mask_BT[g].sum()), "num_truncated": int(rollout.truncated_B[g].sum())}
-        for g in groups
-    ]
-    return [(rollout.texts[g], use) for g, use in zip(groups, used)]
+    found = []
+    for i in range(0, len(rollout.texts), num):
+        mine = slice(i, i + num)
+        used = {"num_tokens": int(rollout.mask_BT[mine].sum()), "num_truncated": int(rollout.truncated_B[mine].sum())}
+        found.append((rollout.texts[mine], used))
+    return found
 
 
 def prediction(sample: Sample, responses: Sequence[str], answer: str) -> dict[str, Any]:

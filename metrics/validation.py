@@ -1,12 +1,14 @@
-"""Two splits side by side: the validation samples that are answered, and what they share with the training set.
+"""Validation while a model trains: metrics on held-out samples every few steps, and the best model so far is kept.
 
-Both are pure functions of the samples. Nothing to run.
+Both trainers call a `Validator`. Below it are the choice of the samples and what they share with the training set,
+which are pure functions of the samples.
 """
 
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from data import PromptReader
 from metrics.predictions import predict
@@ -20,65 +22,11 @@ from runtime.resumable import cut
 from runtime.run import Run, warn
 
 
-def spread(samples: Sequence[Sample], num: int) -> list[Sample]:
-    """`num` of the samples in their order, as evenly over the tasks as they allow, and within a task over its sources.
-
-    Those of one source are evenly spaced, so that all of its files have a part. All samples where there are no more.
-    """
-    places: dict[str, dict[str, list[int]]] = {}
-    for place, sample in enumerate(samples):
-        places.setdefault(sample.task, {}).setdefault(source_of(sample), []).append(place)
-    chosen = []
-    by_task = even_shares([sum(map(len, sources.values())) for sources in places.values()], num)
-    for sources, share in zip(places.values(), by_task):
-        for all_of, few in zip(sources.values(), even_shares([len(p) for p in sources.values()], share)):
-            chosen += [all_of[i * len(all_of) // few] for i in range(few)]
-    return [samples[place] for place in sorted(chosen)]
-
-
-def even_shares(sizes: Sequence[int], num: int) -> list[int]:
-    """`num` shared out as evenly as groups of these sizes allow: what a small one cannot give, the others do.
-
-    >>> even_shares([148, 52, 148], 200), even_shares([3, 3, 3], 4), even_shares([2, 1], 9)
-    ([74, 52, 74], [1, 1, 2], [2, 1])
-    """
-    shares = [0] * len(sizes)
-    for rank, group in enumerate(sorted(range(len(sizes)), key=lambda group: sizes[group])):
-        shares[group] = min(sizes[group], (num - sum(shares)) // (len(sizes) - rank))
-    return shares
-
-
-def counts_of(samples: Sequence[Sample]) -> str:
-    """How many samples there are of each task and source, in their order.
-
-    >>> counts_of([Sample("a/1", "tvg", "", ""), Sample("b", "mcqa", "", ""), Sample("a/2", "tvg", "", "")])
-    'tvg/a 2, mcqa 1'
-    """
-    counts = Counter("/".join(filter(None, (sample.task, source_of(sample)))) for sample in samples)
-    return ", ".join(f"{name} {num}" for name, num in counts.items())
-
-
-def shared(train: Sequence[Sample], validation: Sequence[Sample]) -> tuple[int, int]:
-    """How many validation records are in the training set, by their content, and how many validation videos are.
-
-    Ids say nothing: two files may both be numbered from 0.
-    """
-    real = {video: os.path.realpath(video) for video in {sample.video for sample in (*train, *validation)}}
-    contents = {_content(sample, real) for sample in train}
-    records = sum(_content(sample, real) in contents for sample in validation)
-    return records, len({real[sample.video] for sample in train} & {real[sample.video] for sample in validation})
-
-
-def _content(sample: Sample, real: Mapping[str, str]) -> Sample:
-    """The sample without what may differ between two copies of one record, and with the real path of its video."""
-    return replace(sample, id="", video=real[sample.video], type="", source="", response=None, extra=None)
-
-
 class Validator:
-    """Metrics on the validation samples every `eval.every` steps; the model with the best mean of them is kept.
+    """Metrics on the validation samples every `eval.every` steps; the model with the best score is kept in best/.
 
-    The mean is over tasks, of `MAIN_METRIC`. `state` survives a resume. The samples are `eval.num_samples` of the
-    validation set, evenly over tasks and sources; what they share with the training set `train` is a warning.
+    The score is the mean of `MAIN_METRIC` over tasks. The samples are `eval.num_samples` of the validation set, evenly
+    over tasks and sources. A warning tells what they share with the training set `train`. `state` survives a resume.
     """
 
     def __init__(self, cfg, reader: PromptReader, run: Run, train: Sequence[Sample]):
@@ -104,16 +52,16 @@ class Validator:
         with engine.phase("validation"), engine.whole_weights(self.cfg.model.gather_weights) as whole:
             rows = engine.gather_rows(self._predict_mine(policy, whole))
         tasks = score_predictions(rows, self.cfg.eval.answer)["tasks"]
-        mean = sum(tasks[task][MAIN_METRIC[task]] for task in tasks) / len(tasks)
-        if mean > self.state["best"] and self.run.write_folder(
-            "best",
-            lambda folder, weights: save_model(policy.model, policy.adapter, folder, self.cfg.model.path, weights),
-        ):
-            self.state["best"] = mean
-        named = {
-            f"validation/{task}/{name}": v for task in tasks for name, v in tasks[task].items() if isinstance(v, float)
-        }
-        return named | {"validation/score": mean, "validation/num_unreadable": float(sum("error" in r for r in rows))}
+        score = sum(tasks[task][MAIN_METRIC[task]] for task in tasks) / len(tasks)
+
+        def save(folder: Path, weights: dict | None) -> None:
+            save_model(policy.model, policy.adapter, folder, self.cfg.model.path, weights)
+
+        if score > self.state["best"] and self.run.write_folder("best", save):
+            self.state["best"] = score
+        found = {f"{task}/{name}": v for task in tasks for name, v in tasks[task].items() if isinstance(v, float)}
+        found |= {"score": score, "num_unreadable": float(sum("error" in row for row in rows))}
+        return {f"validation/{name}": value for name, value in found.items()}
 
     def _predict_mine(self, policy: Policy, whole: bool) -> list[dict]:
         """The rows of this process's share; unless the weights are `whole`, as many batches as every other process."""
@@ -125,3 +73,54 @@ class Validator:
             batches += [[]] * (len(cut(self.samples[::world_size], cfg.batch_size)) - len(batches))
         predicted = predict(policy, batches, self.reader, cfg, stand_in=stand_in)
         return [row for rows in predicted for row in rows]
+
+
+def spread(samples: Sequence[Sample], num: int) -> list[Sample]:
+    """`num` of the samples in their order, spread evenly over tasks, and within a task over its sources.
+
+    The samples of one source are evenly spaced, so that all of its files have a part.
+    """
+    places: dict[str, dict[str, list[int]]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(sample.task, {}).setdefault(source_of(sample), []).append(place)
+    chosen = []
+    by_task = even_shares([sum(map(len, sources.values())) for sources in places.values()], num)
+    for sources, share in zip(places.values(), by_task):
+        for all_of, few in zip(sources.values(), even_shares([len(p) for p in sources.values()], share)):
+            chosen += [all_of[i * len(all_of) // few] for i in range(few)]
+    return [samples[place] for place in sorted(chosen)]
+
+
+def even_shares(sizes: Sequence[int], num: int) -> list[int]:
+    """`num` shared out as evenly as groups of these sizes allow: what a small group cannot give, larger ones do.
+
+    >>> even_shares([148, 52, 148], 200), even_shares([3, 3, 3], 4), even_shares([2, 1], 9)
+    ([74, 52, 74], [1, 1, 2], [2, 1])
+    """
+    shares = [0] * len(sizes)
+    for rank, group in enumerate(sorted(range(len(sizes)), key=lambda group: sizes[group])):
+        shares[group] = min(sizes[group], (num - sum(shares)) // (len(sizes) - rank))
+    return shares
+
+
+def counts_of(samples: Sequence[Sample]) -> str:
+    """How many samples there are of each task and source, in their order.
+
+    >>> counts_of([Sample("a/1", "tvg", "", ""), Sample("b", "mcqa", "", ""), Sample("a/2", "tvg", "", "")])
+    'tvg/a 2, mcqa 1'
+    """
+    counts = Counter("/".join(filter(None, (sample.task, source_of(sample)))) for sample in samples)
+    return ", ".join(f"{name} {num}" for name, num in counts.items())
+
+
+def shared(train: Sequence[Sample], validation: Sequence[Sample]) -> tuple[int, int]:
+    """How many validation records are in the training set, by content and not by id, and how many validation videos."""
+    real = {video: os.path.realpath(video) for video in {sample.video for sample in (*train, *validation)}}
+    contents = {_content(sample, real) for sample in train}
+    records = sum(_content(sample, real) in contents for sample in validation)
+    return records, len({real[sample.video] for sample in train} & {real[sample.video] for sample in validation})
+
+
+def _content(sample: Sample, real: Mapping[str, str]) -> Sample:
+    """The sample without what may differ between two copies of one record, and with the real path of its video."""
+    return replace(sample, id="", video=real[sample.video], type="", source="", response=None, extra=None)

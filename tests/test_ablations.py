@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import REPO, metrics_of
 from matplotlib.figure import Figure
+from run_folders import write_evaluation
 
 import config
 from config import flat
@@ -41,7 +42,7 @@ WHOLE_KNOBS = {  # knobs of several keys, none of which can be turned without th
 
 
 def effective(files: list[str]) -> dict:
-    kind = ablations.SCRIPTS[Path(files[0]).name][1]
+    kind = jobs.PROGRAMS[ablations.STARTS[Path(files[0]).name]]
     return flat(dataclasses.asdict(config.load(kind, [str(REPO / file) for file in files])))
 
 
@@ -101,7 +102,8 @@ def test_rows_name_arms_and_rows_that_there_are():
 
 def test_arms_that_questions_share_run_once(tmp_path):
     found = ablations.jobs_of(["data", "sft", "group"], [0, 1], tmp_path)
-    names = [job.name for job in found]
+    names, programs = [job.name for job in found], {job.name: job.program for job in found}
+    assert programs["base/seed_0/run"] == "train_sft.py" and programs["base/seed_0/test"] == "eval.py run"
     assert len(set(names)) == len(names)
     assert names.count("grpo/seed_0/run") == names.count("base/seed_1/run") == names.count("grpo/seed_1/ood") == 1
     assert not [name for name in names if name.startswith("gqa")]
@@ -114,9 +116,9 @@ def test_words_of_an_arm(tmp_path):
     words = ablations.words_of_run(tmp_path, "group_2", 1, None)
     files = ["configs/tiny.yaml", "configs/ablations/grpo.yaml", "configs/ablations/group_2.yaml"]
     model = f"model.path={tmp_path}/base/seed_1/run/final"
-    assert words == ["train_grpo.py", "--config", *files, "run.seed=1", "run.tracker=none", model]
+    assert words == [*files, "run.seed=1", "run.tracker=none", model]
     words = ablations.words_of_test(tmp_path, "think", 0, "ood", "think", tmp_path / "w")
-    assert words[:2] == ["eval.py", "run"]
+    assert words[:2] == ["configs/tiny_eval.yaml", "configs/ablations/answer_think.yaml"]
     assert f"data.test={tmp_path}/w/tvg_ood_test.yaml" == [word for word in words if "data.test" in word][-1]
     assert f"data.cache_dir={tmp_path}/w/cache" in words
 
@@ -215,8 +217,6 @@ def test_differences_are_paired_by_seed_and_question():
 def write_test(root: Path, arm: str, seed: int, right: int) -> None:
     """Tests of an arm, in which the first `right` of four spans are right."""
     for test in ablations.TESTS:
-        folder = arms.folder(root, arm, seed, test)
-        folder.mkdir(parents=True)
         spans = ["2 to 6" if i < right else "10 to 12" for i in range(4)]
         rows = [
             {
@@ -233,10 +233,11 @@ def write_test(root: Path, arm: str, seed: int, right: int) -> None:
             rows[0]
             | {"id": "g", "task": "gqa", "response": "<answer>A, 2 to 6</answer>", "options": ["x", "y"], "answer": "A"}
         ]
-        (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / jobs.MARKER).write_text('{"time": 1}')
+        write_evaluation(arms.folder(root, arm, seed, test), rows)
     run = arms.folder(root, arm, seed)
     run.mkdir()
+    for name in ("run", *ablations.TESTS):
+        run.with_name(f"{name}.log").touch()
     step = {"reward/total": right / 4, "tokens/completion": 500, "length/mean": 7.5}
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for _ in range(2)))
 
@@ -275,14 +276,15 @@ def test_tables_and_figures_of_what_there_is(tmp_path):
 
 
 def test_a_figure_of_no_difference_is_empty():
-    assert seeds.forest_figure([("Title", {"a": {"column": "", "minus": {}}}, "x")]).axes == []
+    question = {"title": "Title", "columns": ["x"], "rows": {"a": {"column": "", "minus": {}}}}
+    assert ablations.draw_differences({"seeds": [0], "quick": False, "questions": {"group": question}}).axes == []
 
 
 def test_a_failed_run_is_reported_and_the_rest_is_shown(tmp_path, monkeypatch, capsys):
     write_test(tmp_path, "grpo", 0, 2)
     monkeypatch.setattr(ablations.tiny, "main", lambda argv: None)
     monkeypatch.setattr(ablations, "run_all", lambda jobs, root, parallel: {"group_2/seed_0/run": "exit code 1; boom"})
-    with pytest.raises(SystemExit, match=r"FAILED group_2/seed_0/run: exit code 1; boom\n\n1 of \d+ runs failed"):
+    with pytest.raises(SystemExit, match=r"FAILED group_2/seed_0/run: exit code 1; boom\n\n(\d+) of \1 runs are not"):
         ablations.main(["--dir", str(tmp_path), "--questions", "group", "--seeds", "0"])
     assert "| G = 8, no KL | 50.0 |" in capsys.readouterr().out
     assert list(ablations.load_results(tmp_path)["questions"]["group"]["rows"]) == ["G = 8, no KL"]
@@ -291,7 +293,7 @@ def test_a_failed_run_is_reported_and_the_rest_is_shown(tmp_path, monkeypatch, c
 @pytest.mark.slow
 def test_quick_goes_from_end_to_end_and_not_twice(tmp_path):
     """Also: what stands finished is not run again."""
-    command = [sys.executable, "experiments/ablations.py", "--quick", "--dir", str(tmp_path / "quick")]
+    command = [sys.executable, "-m", "experiments.ablations", "--quick", "--dir", str(tmp_path / "quick")]
     first = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     assert "say nothing" in first.stdout
@@ -302,7 +304,7 @@ def test_quick_goes_from_end_to_end_and_not_twice(tmp_path):
     assert (tmp_path / "quick" / "differences.png").is_file()
     shorter, longer = (metrics_of(arms.folder(tmp_path / "quick", arm, 0)) for arm in ("selected_tokens", "selected"))
     assert shorter == longer[: len(shorter)], "the first steps of the same training"
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "quick").rglob(jobs.MARKER)}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "quick").rglob("config.yaml")}
     again = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert again.returncode == 0 and f"0 of {len(before)} runs to do" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "quick").rglob(jobs.MARKER)} == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "quick").rglob("config.yaml")} == before

@@ -1,4 +1,4 @@
-"""Jobs side by side: failures, resuming, folders in use, Ctrl-C; the scripts here are a line each."""
+"""Jobs side by side: failures, resuming, folders in use, Ctrl-C. Their program is a script of a few lines."""
 
 import json
 import os
@@ -11,130 +11,153 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
+import config
 from experiments import jobs
-from experiments.jobs import Job, run_all
+from experiments.jobs import Job, run_all, unfinished
 
-START = (
-    "import sys, pathlib; folder = pathlib.Path(sys.argv[-1].removeprefix('run.dir=')); folder.mkdir(parents=True); "
-)
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {repo!r})
+from pathlib import Path
+import config
 
-
-def job(name: str, code: str, *needs: str) -> Job:
-    """A job that runs this code, in which `folder` is its run folder."""
-    return Job(name, lambda: ["-c", START + code], needs)
-
-
-def counting(folder: Path, name: str, *needs: str) -> Job:
-    """A job that leaves a line in a file of its own each time it runs."""
-    return job(name, f"open('{folder}/{name.replace('/', '_')}.count', 'a').write('x')", *needs)
-
-
-def counts(folder: Path) -> dict[str, int]:
-    return {path.stem: len(path.read_text()) for path in folder.glob("*.count")}
+files, overrides = config.split_overrides(sys.argv[2:])
+cfg = config.load(config.EvalRunConfig, files, overrides)
+root, folder = Path({root!r}), Path(cfg.run.dir)
+folder.mkdir(parents=True)
+(folder / "config.yaml").write_text(config.to_yaml(cfg))
+exec(cfg.data.test)
+(folder / "metrics.json").write_text("{{}}")
+"""
 
 
-def test_a_failed_job_stops_only_those_that_need_it(tmp_path):
+@pytest.fixture
+def script(tmp_path, monkeypatch) -> Path:
+    """A program that runs the code in `data.test`, in which `folder` is its run folder; the root is tmp_path/root."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(repo=str(REPO), root=str(tmp_path / "root")))
+    monkeypatch.setitem(jobs.PROGRAMS, str(path), config.EvalRunConfig)
+    return path
+
+
+def job(script: Path, name: str, code: str, *needs: str) -> Job:
+    return Job(name, str(script), lambda: [f"data.test={json.dumps(code)}"], needs)
+
+
+def counting(script: Path, name: str, *needs: str) -> Job:
+    """A job that leaves a letter in a file of its own each time it runs."""
+    return job(script, name, f"open('{script.parent}/{name}.count', 'a').write('x')", *needs)
+
+
+def counts(script: Path) -> dict[str, int]:
+    return {path.stem: len(path.read_text()) for path in script.parent.glob("*.count")}
+
+
+def test_a_failed_job_stops_only_those_that_need_it(script, tmp_path):
     root = tmp_path / "root"
     listed = [
-        job("bad", "print('one\\rtwo', end=chr(10)); sys.exit('boom: no such thing')"),
-        counting(tmp_path, "after", "bad"),
-        counting(tmp_path, "later", "after"),
-        counting(tmp_path, "good"),
-        Job("raises", lambda: json.loads("{")),
+        job(script, "bad", "print('one', end=chr(13)); print('two'); sys.exit('boom: no such thing')"),
+        counting(script, "after", "bad"),
+        counting(script, "later", "after"),
+        counting(script, "good"),
+        Job("raises", str(script), lambda: json.loads("{")),
     ]
     failed = run_all(listed, root, parallel=2)
-    assert failed.keys() == {"bad", "after", "later", "raises"}
+    assert failed.keys() == {"bad", "raises"}
     assert failed["bad"].startswith(f"exit code 1; the end of {root}/bad.log:")
     assert failed["bad"].splitlines()[1:] == ["two", "boom: no such thing"]
-    assert failed["after"] == "not run, for want of bad" and failed["later"] == "not run, for want of after"
-    assert counts(tmp_path) == {"good": 1}
-    told = jobs.report(failed)
-    assert "FAILED bad: exit code 1" in told and "FAILED after" not in told
-    assert told.endswith("2 more not run, for want of these")
+    assert counts(script) == {"good": 1}
+    assert "FAILED bad: exit code 1" in jobs.report(failed) and "FAILED raises: Expecting" in jobs.report(failed)
+    assert [job.name for job in unfinished(listed, root)] == ["bad", "after", "later", "raises"]
 
 
-def test_a_training_that_a_signal_stopped_is_not_finished(tmp_path):
+def test_a_training_that_a_signal_stopped_is_not_finished(script, tmp_path):
     """It dies of the signal, once its checkpoint is there."""
-    script = tmp_path / "train_short.py"
-    script.write_text(START + "\nimport os\nif len(sys.argv) == 2: os.kill(os.getpid(), 15)")
-    listed = [Job("stopped", lambda: [str(script)]), Job("whole", lambda: [str(script), "final"])]
-    failed = run_all([*listed, counting(tmp_path, "after", "stopped")], tmp_path / "root", 1)
-    assert failed == {"stopped": "a signal has stopped it", "after": "not run, for want of stopped"}
+    stopped = job(script, "stopped", "os.kill(os.getpid(), 15)")
+    failed = run_all([stopped, counting(script, "after", "stopped")], tmp_path / "root", 1)
+    assert failed.keys() == {"stopped"} and failed["stopped"].startswith("exit code -15") and not counts(script)
 
 
-def test_what_is_finished_is_not_run_again(tmp_path):
+def test_what_is_finished_is_not_run_again(script, tmp_path):
     root = tmp_path / "root"
-    chain = [counting(tmp_path, "a"), counting(tmp_path, "b", "a"), counting(tmp_path, "c", "b")]
+    chain = [counting(script, "a"), counting(script, "b", "a"), counting(script, "c", "b")]
     (root / "b").mkdir(parents=True)
     (root / "b" / "half").write_text("of a run that was killed")
     (root / "b.log").touch()
-    assert run_all(chain, root, 2) == {} and counts(tmp_path) == {"a": 1, "b": 1, "c": 1}
-    assert not (root / "b" / "half").exists()
-    assert run_all(chain, root, 2) == {} and counts(tmp_path) == {"a": 1, "b": 1, "c": 1}
-    (root / "b" / jobs.MARKER).unlink()
-    assert run_all(chain, root, 2) == {}, "c is older than the b it is made from now"
-    assert counts(tmp_path) == {"a": 1, "b": 2, "c": 2}
+    assert run_all(chain, root, 2) == {} and counts(script) == {"a": 1, "b": 1, "c": 1}
+    assert not (root / "b" / "half").exists() and unfinished(chain, root) == []
+    assert run_all(chain, root, 2) == {} and counts(script) == {"a": 1, "b": 1, "c": 1}
+    (root / "b" / "metrics.json").unlink()
+    assert run_all(chain, root, 2) == {}, "c was made from the b that is gone"
+    assert counts(script) == {"a": 1, "b": 2, "c": 2}
 
 
-def test_a_moved_folder_is_still_finished(tmp_path):
-    for name in ("old", "new"):
-        root = tmp_path / name
-        (listed,) = [counting(tmp_path, "a")]
-        listed = Job("a", lambda own=root, job=listed: [*job.words(), f"model.path={own}/base/final"])
-        assert run_all([listed], root, 1) == {} and counts(tmp_path) == {"a": 1}
-        if name == "old":
-            root.rename(tmp_path / "new")
-
-
-def test_a_result_of_another_command_is_not_taken_and_not_deleted(tmp_path):
+def test_a_result_that_was_made_from_one_that_failed_now_is_gone(script, tmp_path):
+    """Else the next call would take it for a result of what b becomes then."""
     root = tmp_path / "root"
-    assert run_all([counting(tmp_path, "a")], root, 1) == {}
-    failed = run_all([job("a", "pass")], root, 1)
-    assert "another command or configuration" in failed["a"] and (root / "a" / jobs.MARKER).is_file()
-    path = tmp_path / "x.yaml"
-    path.write_text("one")
-    listed = [Job("b", lambda: ["-c", START, str(path)])]
-    assert run_all(listed, root, 1) == {} and run_all(listed, root, 1) == {}
-    path.write_text("two")
-    assert "another command or configuration" in run_all(listed, root, 1)["b"]
+    good = f"if Path('{tmp_path}/broken').exists(): sys.exit(1)"
+    chain = [job(script, "b", good), counting(script, "c", "b")]
+    assert run_all(chain, root, 1) == {}
+    (root / "b" / "metrics.json").unlink()
+    (tmp_path / "broken").touch()
+    assert run_all(chain, root, 1).keys() == {"b"} and unfinished(chain, root) == chain
 
 
-def test_a_folder_of_something_else_stays(tmp_path):
-    (tmp_path / "a").mkdir()
-    failed = run_all([job("a", "pass"), job("b", "pass", "a")], tmp_path, 1)
-    assert "not from here" in failed["a"] and (tmp_path / "a").is_dir()
+def test_a_result_of_another_configuration_is_not_taken_and_not_deleted(script, tmp_path):
+    """Comments and the form of a file do not matter, its values do."""
+    root, path = tmp_path / "root", tmp_path / "x.yaml"
+    assert run_all([counting(script, "a")], root, 1) == {}
+    with pytest.raises(
+        ValueError, match=r"root/a is of another configuration \(data.test\): remove it, or use another"
+    ):
+        run_all([job(script, "a", "pass")], root, 1)
+    assert (root / "a" / "metrics.json").is_file()
+    listed = [Job("b", str(script), lambda: [str(path), "data.test=pass"])]
+    for text in ("run: {seed: 1}\n", "# the same\nrun:\n  seed: 1\n"):
+        path.write_text(text)
+        assert run_all(listed, root, 1) == {}
+    path.write_text("run: {seed: 2}\n")
+    with pytest.raises(ValueError, match=r"another configuration \(run.seed\)"):
+        run_all(listed, root, 1)
 
 
-def test_jobs_go_side_by_side_but_no_more_than_asked_for(tmp_path):
-    code = "import time, os; open(folder / 'on', 'w'); time.sleep(0.4); " + (
-        f"n = len(list(pathlib.Path('{tmp_path}/root').glob('*/on'))); os.remove(folder / 'on'); "
-        "(folder / 'seen').write_text(str(n))"
-    )
-    assert run_all([job(f"j{i}", code) for i in range(5)], tmp_path / "root", 2) == {}
+def test_a_folder_of_something_else_stays(script, tmp_path):
+    root = tmp_path / "root"
+    (root / "b").mkdir(parents=True)
+    with pytest.raises(ValueError, match="root/b is there, and not from here"):
+        run_all([counting(script, "a"), counting(script, "b", "a")], root, 1)
+    assert (root / "b").is_dir() and not counts(script)
+
+
+def test_jobs_go_side_by_side_but_no_more_than_asked_for(script, tmp_path):
+    code = "(folder / 'on').touch(); time.sleep(0.4); n = len(list(root.glob('*/on'))); os.remove(folder / 'on'); "
+    code += "(folder / 'seen').write_text(str(n))"
+    assert run_all([job(script, f"j{i}", code) for i in range(5)], tmp_path / "root", 2) == {}
     seen = [int(path.read_text()) for path in (tmp_path / "root").glob("*/seen")]
     assert len(seen) == 5 and max(seen) == 2
 
 
-def test_one_thread_each_and_checkpoints_go(tmp_path):
-    code = "import os; (folder / 'checkpoints').mkdir(); (folder / 'threads').write_text(os.environ['OMP_NUM_THREADS'])"
-    assert run_all([job("a", code)], tmp_path, 1) == {}
-    assert (tmp_path / "a" / "threads").read_text() == "1"
-    assert not (tmp_path / "a" / "checkpoints").exists()
+def test_one_thread_each_and_checkpoints_go(script, tmp_path):
+    code = "(folder / 'checkpoints').mkdir(); (folder / 'threads').write_text(os.environ['OMP_NUM_THREADS'])"
+    assert run_all([job(script, "a", code)], tmp_path / "root", 1) == {}
+    assert (tmp_path / "root" / "a" / "threads").read_text() == "1"
+    assert not (tmp_path / "root" / "a" / "checkpoints").exists()
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
-    with jobs.locked(tmp_path), pytest.raises(ValueError, match="is in use"):
-        run_all([job("a", "pass")], tmp_path, 1)
+def test_a_folder_in_use_is_refused(script, tmp_path):
+    with jobs._locked(tmp_path / "root"), pytest.raises(ValueError, match="is in use"):
+        run_all([counting(script, "a")], tmp_path / "root", 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_ends_the_children(tmp_path, number):
-    child = START + "import os, time; (folder / 'pid').write_text(str(os.getpid())); time.sleep(600)"
+def test_a_stop_ends_the_children(script, tmp_path, number):
+    child = "(folder / 'pid').write_text(str(os.getpid())); time.sleep(600)"
     code = f"""
 import sys; sys.path.insert(0, "{REPO}")
 from pathlib import Path
-from jobs import Job, run_all
-run_all([Job(name, lambda: ["-c", {child!r}]) for name in "abc"], Path("{tmp_path}/root"), 2)
+from experiments.jobs import Job, run_all
+listed = [Job(name, "{script}", lambda: [{f"data.test={json.dumps(child)}"!r}]) for name in "abc"]
+run_all(listed, Path("{tmp_path}/root"), 2)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
@@ -147,6 +170,6 @@ run_all([Job(name, lambda: ["-c", {child!r}]) for name in "abc"], Path("{tmp_pat
     for path in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.read_text()), 0)
-    assert not list((tmp_path / "root").rglob(jobs.MARKER))
-    with jobs.locked(tmp_path / "root"):
+    assert not list((tmp_path / "root").rglob("metrics.json"))
+    with jobs._locked(tmp_path / "root"):
         pass  # nobody holds it any more

@@ -148,6 +148,18 @@ def test_paired_interval():
         intervals.paired_interval([1], [1, 2])
 
 
+def test_a_paired_difference_is_over_the_questions_that_both_have():
+    """Two models by cluster, and several seeds of each, whose questions are drawn for all seeds at once."""
+    before, after = {"a": 1.0, "b": 2.0, "c": 9.0}, {"d": 5.0, "b": 5.0, "a": 2.0}
+    clusters = {"a": "x", "b": "x", "c": "y"}
+    assert intervals.paired_difference(before, after, clusters) == (2.0, 2.0, 2.0)  # one cluster
+    assert intervals.paired_difference(before, after) == intervals.paired_interval([1.0, 2.0], [2.0, 5.0])
+    seeds = [{"a": 1.0, "b": 2.0}, {"b": 3.0, "a": 0.0}], [{"b": 5.0, "a": 2.0}, {"a": 4.0, "b": 4.0}]
+    assert intervals.paired_difference(*seeds) == intervals.crossed_interval(np.array([[1.0, 3.0], [4.0, 1.0]]))
+    with pytest.raises(ValueError, match="answered different questions"):
+        intervals.paired_difference([before], [after])
+
+
 # ---- types, several responses, unanswered --------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 from textwrap import dedent
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -15,7 +16,7 @@ from test_ablations import write_test
 from experiments import ablations
 
 FILES = sorted((REPO / "notebooks").glob("*.ipynb"))
-OURS = {path.stem for path in REPO.glob("*.py")}
+OURS = {path.stem for path in REPO.glob("*.py")} | {path.parent.name for path in REPO.glob("*/__init__.py")}
 MACHINE_PATH = re.compile(r"(?<![\w.<])/(?:tmp|home|root|work|mnt|data|opt|usr|var|private|Users)/|[A-Z]:\\\\")
 MAX_OUTPUT, MAX_FILE = 200_000, 600_000  # bytes
 
@@ -81,15 +82,22 @@ def test_they_find_the_repository_alike():
 def test_what_they_use_of_ours_exists(stored):
     """Every name imported from a module of the repository, and every `module.name`."""
     lines = [line for cell in code_cells(stored) for line in cell.source.splitlines() if not line.startswith("%")]
-    tree, used = ast.parse("\n".join(lines)), set()
-    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names} & OURS
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module in OURS:
-            used |= {(node.module, alias.name) for alias in node.names}
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+    names, used = {}, set()  # what each name stands for, and what is taken of it
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.Import):
+            ours = [alias.name for alias in node.names if alias.name.partition(".")[0] in OURS]
+            names |= {name: importlib.import_module(name) for name in ours}
+        elif isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in OURS:
+            for alias in node.names:
+                try:
+                    names[alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
+                except ModuleNotFoundError:
+                    names[alias.name] = getattr(importlib.import_module(node.module), alias.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             used.add((node.value.id, node.attr))
-    assert len(used) > 5
-    assert not [name for name in sorted(used) if not hasattr(importlib.import_module(name[0]), name[1])]
+    of_ours = [(name, attribute) for name, attribute in used if isinstance(names.get(name), ModuleType)]
+    assert len(names) > 5 and of_ours
+    assert not [pair for pair in sorted(of_ours) if not hasattr(names[pair[0]], pair[1])]
 
 
 # ---- run -------------------------------------------------------------------------------------------------------------
