@@ -10,9 +10,11 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
+
+from records.tasks import TASKS
 
 ConfigT = TypeVar("ConfigT")
 AnswerMode = Literal["tagged", "tagged_or_text"]
@@ -24,7 +26,6 @@ THINK = (
     "Then give the final answer inside <answer> </answer> tags."
 )
 PLAIN = "Give only the final answer, inside <answer> </answer> tags."
-WORDS = {"question", "options"}  # what a prompt's {word} may be
 
 
 def positive(default: float) -> Any:
@@ -136,7 +137,8 @@ class PromptConfig:
     )  # user turn of grounded question answering
 
     def __post_init__(self):
-        for task, known in (("tvg", {"question"}), ("mcqa", WORDS), ("gqa", WORDS)):
+        for task, kind in TASKS.items():
+            known = {"question", "options"} if kind.has_options else {"question"}
             found = re.findall(r"(\\\w+)?\{(\w+)\}", getattr(self, task))
             words = {word for command, word in found if not command}  # \boxed{B} is meant as it stands
             if "question" not in words:  # a model that is not asked can only guess
@@ -172,12 +174,13 @@ class RewardsConfig:
     conversational: bool = False  # those functions get completions as TRL's message lists instead of strings
 
     def __post_init__(self):
-        for name in ("tvg", "mcqa", "gqa"):
-            if not any(astuple(getattr(self, name))) and not self.functions:
+        for name, task in TASKS.items():
+            weights = asdict(getattr(self, name))
+            if not any(weights.values()) and not self.functions:
                 raise ValueError(f"rewards.{name}: weights must not all be 0 without rewards.functions")
-        for name, absent in (("tvg", "answer"), ("mcqa", "iou")):
-            if getattr(getattr(self, name), absent):
-                raise ValueError(f"rewards.{name}.{absent} must be 0: the task has no such part")
+            for part, weight in weights.items():
+                if weight and part not in task.parts:
+                    raise ValueError(f"rewards.{name}.{part} must be 0: the task has no such part")
 
 
 @dataclass(frozen=True)

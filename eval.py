@@ -31,12 +31,13 @@ from metrics.blind import floor_line, floor_of, swap_clips
 from metrics.compare import compare, read_predictions
 from metrics.predictions import blind_head_of, head_of, predict
 from metrics.rows import hash_of, truth_hash
-from metrics.tasks import MAIN_METRIC, check_modes, sample_values, score_predictions
+from metrics.tasks import check_modes, sample_values, score_predictions
 from policy import Policy, load_policy
 from preflight.selfcheck import check_model, check_ranks
 from records import jsonl
 from records.files import read_samples
 from records.record import Sample
+from records.tasks import TASKS
 from runtime.checkpoint import write_text
 from runtime.environment import code_hash
 from runtime.resumable import DoneBatches, cut, remove_lines
@@ -120,8 +121,9 @@ def _answer_all(answered: DoneBatches, policy: Policy, reader: PromptReader, cfg
             bad += [row for row in rows if "error" in row]
             check_readable(bad, len(bad), len(samples), cfg.data.max_bad_share)
             for row in rows:
-                value = sample_values(row, cfg.eval.answer)[MAIN_METRIC[row["task"]]]
-                scores.setdefault(f"{row['task']}/{MAIN_METRIC[row['task']]}", []).append(100 * value)
+                name = TASKS[row["task"]].main_metric
+                value = sample_values(row, cfg.eval.answer)[name]
+                scores.setdefault(f"{row['task']}/{name}", []).append(100 * value)
             bar.set_postfix({name: f"{np.mean(values):.1f}" for name, values in scores.items()})
 
 

@@ -24,10 +24,9 @@ from page.curves import number, sections
 from page.runs import Evaluation, Training, facts, read_run, short_names
 from page.samples import browse
 from page.tables import by_questions, table_of
+from records.tasks import TASKS
 from runtime.arguments import user_errors
 from runtime.checkpoint import write_text
-
-TASKS = {"tvg": "temporal grounding", "mcqa": "multiple choice", "gqa": "grounded QA"}
 
 
 def render(runs: Sequence[Training | Evaluation], num: int, steps: Sequence[int], ids: Sequence[str]) -> str:
@@ -45,7 +44,7 @@ def render(runs: Sequence[Training | Evaluation], num: int, steps: Sequence[int]
         config=table_of([run.config for run in trainings]),
         sections=sections({run.name: run.series for run in trainings}),
         tests=by_questions([run for run in runs if isinstance(run, Evaluation)]),
-        task_names=TASKS,
+        task_names={name: task.title for name, task in TASKS.items()},
         browser=browse({run.name: run.dir / "samples.jsonl" for run in trainings}, num, steps, ids),
     )
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from answers import Segment, layout_ok, parse_answer, parse_choice, parse_segments  # noqa: F401  (public names)
-
-PARTS = {"tvg": ("format", "iou"), "mcqa": ("format", "answer"), "gqa": ("format", "answer", "iou")}
+from records.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
     every part of the answer parses as well, and the task's parts count only then; without it `format` is the layout
     alone. A truth without length, which the data loader refuses, has IoU 0.
     """
-    part_names, weights = PARTS[sample.task], getattr(cfg.rewards, sample.task)
+    part_names, weights = TASKS[sample.task].parts, getattr(cfg.rewards, sample.task)
     values = {"format": float(layout_ok(text, cfg.prompt.think))}
     if "answer" in part_names:
         choice = parse_choice(text, sample.options)
@@ -122,9 +121,9 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
 
 def parses(text: str, sample: Any) -> bool:
     """Whether every part of the answer that the sample's task asks for can be read from the response."""
-    parts = PARTS[sample.task]
-    choice_ok = "answer" not in parts or parse_choice(text, sample.options) is not None
-    return choice_ok and ("iou" not in parts or bool(parse_segments(text, sample.options)))
+    task = TASKS[sample.task]
+    choice_ok = not task.has_options or parse_choice(text, sample.options) is not None
+    return choice_ok and (not task.has_segments or bool(parse_segments(text, sample.options)))
 
 
 def task_reward(task: str, parts: Mapping[str, float]) -> float:
@@ -133,7 +132,7 @@ def task_reward(task: str, parts: Mapping[str, float]) -> float:
     >>> task_reward("gqa", {"format": 1.0, "answer": 1.0, "iou": 0.5, "brevity": 0.3})
     0.75
     """
-    own = PARTS[task][1:]
+    own = TASKS[task].parts[1:]
     return sum(parts[name] for name in own) / len(own)
 
 
@@ -142,9 +141,9 @@ def format_answer(sample: Any) -> str:
 
     Times in seconds with at most two decimals, e.g. `<answer>B, 3 to 7.25, 9 to 12</answer>`.
     """
-    part_names = PARTS[sample.task]
-    pieces = [sample.answer] if "answer" in part_names else []
-    if "iou" in part_names:
+    task = TASKS[sample.task]
+    pieces = [sample.answer] if task.has_options else []
+    if task.has_segments:
         pieces += [f"{_decimal(start)} to {_decimal(end)}" for start, end in sample.segments]
     return f"<answer>{', '.join(pieces)}</answer>"
 

@@ -21,7 +21,7 @@ from groups import Batch, GroupRewards
 from grpo import group_stats, is_nearly_equal
 from prompts import video_means, video_sums
 from records.record import to_record
-from rewards import PARTS
+from records.tasks import TASKS
 from rollout import Rollout
 from runtime.run import Run
 
@@ -82,7 +82,8 @@ def step_metrics(
         "total": sum(reward.total for reward in rewards.rewards),
         **video_sums(rollout.prompts),
     }
-    parts = [*PARTS["gqa"], "overlong", *(function.name for function in functions)]
+    parts = list(dict.fromkeys(part for task in TASKS.values() for part in task.parts))
+    parts += ["overlong", *(function.name for function in functions)]
     for part in parts:
         having = [reward.parts[part] for reward in rewards.rewards if part in reward.parts]
         sums |= {f"sum/{part}": sum(having), f"num/{part}": float(len(having))}

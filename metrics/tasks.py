@@ -13,11 +13,11 @@ import numpy as np
 from answers import Segment, parse_response
 from config import ANSWER_MODES, UNANSWERED_MODES
 from metrics.intervals import bootstrap_interval, resampled_means
+from records.tasks import TASKS
 from rewards import temporal_iop, temporal_iou
 
 Row = Mapping[str, Any]  # a line of predictions.jsonl
 Scored = tuple[Row, dict[str, float]]  # and its value, from 0 to 1, of every metric of its task
-MAIN_METRIC = {"tvg": "miou", "mcqa": "accuracy", "gqa": "acc_gqa"}
 
 
 # ---- one row -------------------------------------------------------------------------------------------------------
@@ -48,19 +48,19 @@ def _each(row: Row) -> list[Row]:
 
 
 def _values(row: Row, answer: str) -> dict[str, float]:
-    task = _get(row, "task")
-    if task not in MAIN_METRIC:
-        raise ValueError(f"key 'task': {task!r} is none of {', '.join(MAIN_METRIC)}")
-    choice, pred = _answer_of(row, answer)
-    right = task != "tvg" and choice == _true_choice(row)
-    if task == "mcqa":
+    name = _get(row, "task")
+    if name not in TASKS:
+        raise ValueError(f"key 'task': {name!r} is none of {', '.join(TASKS)}")
+    task, (choice, pred) = TASKS[name], _answer_of(row, answer)
+    right = task.has_options and choice == _true_choice(row)
+    if not task.has_segments:
         return {"accuracy": float(right), "parse_fail": float(choice is None)}
     truth = _spans(row, "segments")
     if not truth:
         raise ValueError("key 'segments': expected at least one [start, end] with finite start <= end")
     iou, iop = (max(f(pred[:1], [true]) for true in truth) for f in (temporal_iou, temporal_iop))
     values = {"miou": iou, "miou_set": temporal_iou(pred, truth)}
-    if task == "tvg":
+    if not task.has_options:
         return values | _at_least("r1", iou, (0.3, 0.5, 0.7)) | {"parse_fail": float(not pred)}
     values |= {"accuracy": float(right), "acc_gqa": float(right and iop >= 0.5)}
     values |= {"miop": iop, "miop_set": temporal_iop(pred, truth)}
@@ -76,13 +76,14 @@ def _answer_of(row: Row, answer: str) -> tuple[str | None, list[Segment]]:
     if options is not None and not (isinstance(options, list | tuple) and all(isinstance(o, str) for o in options)):
         raise ValueError("key 'options': expected a list of texts")
     choice, segments = (None, []) if response is None else parse_response(response, options, answer)
-    if row["task"] == "tvg":
+    task = TASKS[row["task"]]
+    if not task.has_options:
         choice = None
     elif response is None:
         choice = _get(row, "pred_choice")
         if choice is not None and not _is_letter(choice):
             raise ValueError(f"key 'pred_choice': expected an upper-case option letter or null, got {choice!r:.40}")
-    if row["task"] == "mcqa":
+    if not task.has_segments:
         segments = []
     elif response is None:
         segments = _spans(row, "pred_segments")

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from data import PromptReader
 from metrics.predictions import predict
-from metrics.tasks import MAIN_METRIC, score_predictions
+from metrics.tasks import score_predictions
 from model.folder import save_model
 from policy import Policy
 from prompts import Prompt
 from records.files import read_samples
 from records.record import Sample, source_of
+from records.tasks import TASKS
 from runtime.resumable import cut
 from runtime.run import Run, warn
 
@@ -25,8 +26,9 @@ from runtime.run import Run, warn
 class Validator:
     """Metrics on the validation samples every `eval.every` steps; the model with the best score is kept in best/.
 
-    The score is the mean of `MAIN_METRIC` over tasks. The samples are `eval.num_samples` of the validation set, evenly
-    over tasks and sources. A warning tells what they share with the training set `train`. `state` survives a resume.
+    The score is the mean over tasks of the main metric of each. The samples are `eval.num_samples` of the validation
+    set, evenly over tasks and sources. A warning tells what they share with the training set `train`. `state` survives
+    a resume.
     """
 
     def __init__(self, cfg, reader: PromptReader, run: Run, train: Sequence[Sample]):
@@ -52,7 +54,7 @@ class Validator:
         with engine.phase("validation"), engine.whole_weights(self.cfg.model.gather_weights) as whole:
             rows = engine.gather_rows(self._predict_mine(policy, whole))
         tasks = score_predictions(rows, self.cfg.eval.answer)["tasks"]
-        score = sum(tasks[task][MAIN_METRIC[task]] for task in tasks) / len(tasks)
+        score = sum(tasks[task][TASKS[task].main_metric] for task in tasks) / len(tasks)
 
         def save(folder: Path, weights: dict | None) -> None:
             save_model(policy.model, policy.adapter, folder, self.cfg.model.path, weights)

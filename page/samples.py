@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from answers import parse_answer, parse_choice, parse_segments
 from config import VideoConfig
-from rewards import PARTS
+from records.tasks import TASKS
 from video.readers import VideoError
 
 MAX_ROWS_TEXT = MAX_IMAGES = 4_000_000  # characters of all rows, and of all frames, that go into one page
@@ -105,7 +105,7 @@ def views_of(path: Path, num: int, steps: Sequence[int], ids: Sequence[str]) -> 
 
 def view(row: dict[str, Any], visits: Sequence[Visit]) -> dict[str, Any]:
     """What is shown of a row, and of the other `visits` of its sample; numbers that are not finite are None."""
-    parts_of, options, clip = PARTS.get(row.get("task"), ()), row.get("options"), row.get("clip")
+    task, options, clip = TASKS.get(row.get("task")), row.get("options"), row.get("clip")
     columns = (row["completions"], row["rewards"], row.get("parts", ()), row.get("advantages", ()))
     completions = [
         {
@@ -113,8 +113,8 @@ def view(row: dict[str, Any], visits: Sequence[Visit]) -> dict[str, Any]:
             "reward": _finite(reward),
             "advantage": _finite(advantage),
             "parts": {name: _finite(value) for name, value in (parts or {}).items()},
-            "segments": parse_segments(text, options) if "iou" in parts_of else [],
-            "choice": parse_choice(text, options) if "answer" in parts_of else None,
+            "segments": parse_segments(text, options) if task and task.has_segments else [],
+            "choice": parse_choice(text, options) if task and task.has_options else None,
         }
         for text, reward, parts, advantage in zip_longest(*columns)
     ]

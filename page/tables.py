@@ -10,9 +10,9 @@ from matplotlib.ticker import MaxNLocator
 from metrics.blind import in_words
 from metrics.compare import Result, differing_keys
 from metrics.intervals import paired_interval
-from metrics.tasks import MAIN_METRIC
 from page.runs import Evaluation
 from page.samples import cut
+from records.tasks import TASKS
 
 MAX_DOTS = 1500  # of a scatter plot
 CLOSE = "r1@0.7"  # the share of questions whose span is close to the truth, shown beside the main metric
@@ -33,13 +33,14 @@ def by_questions(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     for first, *others in groups.values():
         group = [first, *others]
         tasks = [task for task in first.result.values if all(task in other.result.values for other in others)]
+        grounded = [task for task in tasks if TASKS[task].has_segments]
         found.append(
             {
                 "title": cut(str(first.config.get("data.test", first.name))),
                 "runs": [(e.name, cut(str(e.result.spec.get("model", "")))) for e in group],
                 "differing": list(differing_keys([e.result for e in group], ())),
                 "tasks": [task_table(task, group) for task in tasks],
-                "scatters": [scatter(task, first, other) for task in tasks if task != "mcqa" for other in others],
+                "scatters": [scatter(task, first, other) for task in grounded for other in others],
             }
         )
     return found
@@ -52,7 +53,7 @@ def task_table(task: str, group: Sequence[Evaluation]) -> dict[str, Any]:
     answer of a training set earns, if a result has it: in words, its main cell and its `close` cell. `blind` has the
     same cells, and the name, of each result whose questions were asked with another clip too.
     """
-    of, main, first = [e.content["tasks"][task] for e in group], MAIN_METRIC[task], group[0].result
+    of, main, first = [e.content["tasks"][task] for e in group], TASKS[task].main_metric, group[0].result
     rows = []
     for name in sorted((n for n, value in of[0].items() if isinstance(value, float)), key=lambda n: n != main):
         gains = []

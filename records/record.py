@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-TASKS = ("tvg", "mcqa", "gqa")
+from records.tasks import TASKS
+
 PLACEHOLDERS = ("<|video_pad|>", "<|image_pad|>")  # of Qwen-VL's vision tokens
 CHAT = "chat"  # a response to imitate and no truth to score another one by: for supervised tuning alone
 FIELDS = (
@@ -91,12 +92,13 @@ def to_sample(record: dict[str, Any], folder: Path) -> tuple[Sample, bool]:
             raise BadRecord(f"{key} must be a text, got {record[key]!r}")
     if task == CHAT and not (record.get("response") or "").strip():
         raise BadRecord("response is missing: a chat record has nothing else to learn from")
-    options, answer = _options(record) if task in ("mcqa", "gqa") else (None, None)
+    kind = TASKS.get(task)
+    options, answer = _options(record) if kind and kind.has_options else (None, None)
     texts = [("question", record["question"]), ("response", record.get("response") or "")]
     for key, text in [*texts, *(("options", option) for option in options or ())]:
         if any(placeholder in text for placeholder in PLACEHOLDERS):
             raise BadRecord(f"{key}: {text[:40]!r} holds a placeholder of the model's vision tokens")
-    segments, outside = _segments(record.get("segments"), duration) if task in ("tvg", "gqa") else (None, False)
+    segments, outside = _segments(record.get("segments"), duration) if kind and kind.has_segments else (None, False)
     sample = Sample(
         id=record["id"],
         task=task,

@@ -27,6 +27,7 @@ import torch
 from matplotlib.figure import Figure
 
 from grpo import group_stats, group_std
+from records.tasks import TASKS
 
 REASONS = {
     "unreadable": "the video cannot be read",
@@ -96,7 +97,7 @@ def reason(item: Item, cfg) -> str:
     counts = group_stats(torch.tensor([item.rewards], dtype=torch.float64))
     if not counts["mixed"]:
         return "too_easy" if counts["all_good"] else "too_hard" if counts["all_bad"] else "low_variance"
-    if item.task == "mcqa":
+    if not TASKS[item.task].has_segments:  # its rewards are 0 or 1
         return ""
     return "low_variance" if item.std < cfg.min_std else "low_best" if item.best < cfg.min_best else ""
 
@@ -185,7 +186,8 @@ def plot(items: Sequence[Item], reasons: Sequence[str], cfg, path: Path) -> None
                 values = np.array([getattr(item, name) for item, _ in some])
                 heights, _ = np.histogram(values[np.isfinite(values)], edges)
                 axis.stairs(heights, edges, fill=True, alpha=0.6, label=f"{label} {len(some)}")
-            for threshold in () if task == "mcqa" and cfg.rule == "mixed" else lines.get(cfg.rule, {}).get(name, ()):
+            drawn = cfg.rule != "mixed" or TASKS[task].has_segments
+            for threshold in lines.get(cfg.rule, {}).get(name, ()) if drawn else ():
                 axis.axvline(threshold, color="black", linestyle="--", label=f"{threshold:g}")
             axis.set(title=f"{task}: {name} of an item's rewards", ylabel="items")
             axis.legend(fontsize="small")

@@ -11,6 +11,7 @@ import convert
 import rewards
 from metrics import tasks
 from records.files import read_samples
+from records.tasks import TASKS
 
 # ---- TempCompass ---------------------------------------------------------------------------------------------------
 
@@ -206,7 +207,7 @@ TVG, MCQA, GQA = (
     (1, {"format": 1, "answer": 1}),
     (1, {"format": 1, "answer": 1, "iou": 1}),
 )
-NOTHING = {task: (0, dict.fromkeys(parts, 0)) for task, parts in rewards.PARTS.items()}
+NOTHING = {name: (0, dict.fromkeys(task.parts, 0)) for name, task in TASKS.items()}
 
 # What answers earn, total and parts. Option B of a dog, a cat, two birds and nobody is right, and 4 to 8 s of 20 s.
 PAID = {

@@ -12,6 +12,7 @@ from reward_samples import OPTIONS, OVERLAPS, THINK, config, sample, thought
 
 import answers
 import rewards
+from records.tasks import TASKS
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<answer></answer>", "<", "<answer", "<think>I look.</think>"]
 JSON = ["{", "}", "[", "]", '"', ":", '{"a":', '"start_time"', '"segments": [[', '"answer": "B"', "NaN", "1e999", "```"]
@@ -24,7 +25,7 @@ WRAPS = ["{}", "<answer>{}</answer>", THINK + "<answer>{}</answer>", THINK + "<a
 WRAPS += ["<think>{}</think><answer>B</answer>", "<think><answer>B</answer></think>{}", "```json\n{}\n```"]
 AWKWARD = ["3 to 7", "4 to 8", "[4, 8]", "B", "A", "", "A, 4 to 8", '{"answer": "C"}', "b.", "```"]
 ROWS = [
-    *(sample(task, options=options) for task in rewards.PARTS for options in (OPTIONS, AWKWARD)),
+    *(sample(task, options=options) for task in TASKS for options in (OPTIONS, AWKWARD)),
     sample("tvg", duration=None, segments=[(0.0, 2.5), (6.0, 7.0)]),
 ]
 ASKED = [
@@ -60,7 +61,7 @@ def check_any(text: str) -> tuple[float, int]:
     results = [rewards.score(text, row, cfg) for row, cfg in ASKED]
     seconds = time.process_time() - start
     for (row, _), reward in zip(ASKED, results):
-        assert tuple(reward.parts) == rewards.PARTS[row.task]
+        assert tuple(reward.parts) == TASKS[row.task].parts
         assert all(math.isfinite(x) and 0 <= x <= 1 for x in (reward.total, *reward.parts.values()))
     return seconds, len(results)
 
@@ -93,7 +94,7 @@ def test_a_hundred_thousand_texts(capsys):
 
 
 @settings(max_examples=200, deadline=None)
-@given(outputs, st.sampled_from(list(rewards.PARTS)), st.booleans())
+@given(outputs, st.sampled_from(list(TASKS)), st.booleans())
 def test_any_text_without_the_gate(text, task, think):
     reward = rewards.score(text, sample(task), config(think, gate=False))
     assert all(math.isfinite(x) and 0 <= x <= 1 for x in (reward.total, *reward.parts.values()))
@@ -104,7 +105,7 @@ def test_any_text_without_the_gate(text, task, think):
 def test_long_runs_of_anything_take_little_time(unit, num_chars):
     """Nested, unclosed and repeated, on either side of the answer's length limit: no quadratic parser."""
     text = unit * (num_chars // len(unit))
-    for wrap, task in itertools.product(WRAPS, rewards.PARTS):
+    for wrap, task in itertools.product(WRAPS, TASKS):
         start = time.process_time()
         assert 0 <= rewards.score(wrap.replace("{}", text), sample(task), config()).total <= 1
         assert time.process_time() - start < 0.1
