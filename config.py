@@ -21,15 +21,13 @@ AnswerMode = Literal["tagged", "tagged_or_text"]
 UnansweredMode = Literal["wrong", "skip"]
 ANSWER_MODES, UNANSWERED_MODES = get_args(AnswerMode), get_args(UnansweredMode)
 
-THINK = (
-    "Think about the video and the question first, inside <think> </think> tags. "
-    "Then give the final answer inside <answer> </answer> tags."
-)
 PLAIN = "Give only the final answer, inside <answer> </answer> tags."
+THINK = "Think about the video and the question first, inside <think> </think> tags. "
+THINK += "Then give the final answer inside <answer> </answer> tags."
 
 
 def positive(default: float) -> Any:
-    """A field whose number must be above 0. Every other number must be at least 0, see `_check_numbers`."""
+    """A field whose number must be above 0. Every other number must be at least 0, see `check_numbers`."""
     return field(default=default, metadata={"positive": True})
 
 
@@ -178,9 +176,8 @@ class RewardsConfig:
             weights = asdict(getattr(self, name))
             if not any(weights.values()) and not self.functions:
                 raise ValueError(f"rewards.{name}: weights must not all be 0 without rewards.functions")
-            for part, weight in weights.items():
-                if weight and part not in task.parts:
-                    raise ValueError(f"rewards.{name}.{part} must be 0: the task has no such part")
+            if absent := [part for part, weight in weights.items() if weight and part not in task.parts]:
+                raise ValueError(f"rewards.{name}.{absent[0]} must be 0: the task has no such part")
 
 
 @dataclass(frozen=True)
@@ -281,136 +278,94 @@ class RuleConfig:
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """What `--plan` assumes. Not part of a run's configuration, but given like it: `plan.tflops=300`."""
-
-    engine: str = ""  # file of `accelerate launch`; "" means what it has set, or one process
-    memory_gib: float = positive(80.0)  # of a device
-    tflops: float = positive(400.0)  # TFLOP/s that a device reaches in matrix products, not its peak
-    bandwidth: float = positive(2.0)  # TB/s that it reaches in reading and writing memory
-    capability: float = positive(8.0)  # CUDA compute capability; before 8.0 there is no fused attention in bfloat16
-    launch_us: float = positive(10.0)  # microseconds that any operation takes at least
-    completion_tokens: int = 0  # mean length of a completion, for the update's time; 0 means the longest
-    longest_tokens: int = 0  # longest completion of a step, for decoding's time; 0 means rollout.max_new_tokens
-
-    def __post_init__(self):
-        _check_numbers(self, "plan.")
-        if self.capability >= 20:
-            raise ValueError(f"plan.capability must be below 20, as in 8.6 for the card's 8.6, got {self.capability}")
-        if 0 < self.longest_tokens < self.completion_tokens:
-            mean = f"plan.completion_tokens={self.completion_tokens}"
-            raise ValueError(f"plan.longest_tokens={self.longest_tokens} is below the mean, {mean}")
-
-
-@dataclass(frozen=True)
-class GrpoConfig:
-    """Everything `train_grpo.py` reads."""
+class CommandConfig:
+    """What every command reads that runs a model."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
     video: VideoConfig = VideoConfig()
     prompt: PromptConfig = PromptConfig()
+
+    def __post_init__(self):
+        check_numbers(self)
+
+
+@dataclass(frozen=True)
+class TrainingConfig(CommandConfig):
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.optim.warmup_steps > self.run.steps:
+            most = f"optim.warmup_steps must be at most run.steps={self.run.steps}"
+            raise ValueError(f"{most}, got {self.optim.warmup_steps}: optim.lr would never be reached")
+        if self.model.lora_rank and self.optim.muon_lr:
+            raise ValueError("optim.muon_lr is for training from scratch, not for the adapters of model.lora_rank")
+
+
+@dataclass(frozen=True)
+class GrpoConfig(TrainingConfig):
+    """Everything `train_grpo.py` reads."""
+
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     group: GroupConfig = GroupConfig()
     loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
-    eval: EvalConfig = EvalConfig()
 
     def __post_init__(self):
-        _check_numbers(self)
+        super().__post_init__()
         if self.rollout.group_size < 2:
             raise ValueError(f"rollout.group_size is {self.rollout.group_size}; a group needs at least 2 completions")
-        _check_training(self)
 
 
 @dataclass(frozen=True)
-class SftConfig:
+class SftConfig(TrainingConfig):
     """Everything `train_sft.py` reads."""
 
     run: RunConfig = RunConfig(dir="runs/sft")
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    video: VideoConfig = VideoConfig()
-    prompt: PromptConfig = PromptConfig()
-    optim: OptimConfig = OptimConfig()
-    eval: EvalConfig = EvalConfig()
 
     def __post_init__(self):
-        _check_numbers(self)
+        super().__post_init__()
         if self.data.refilter_every:
             raise ValueError("data.refilter_every must be 0: supervised tuning samples no groups")
-        _check_training(self)
 
 
 @dataclass(frozen=True)
-class SelectConfig:
+class SelectConfig(CommandConfig):
     """Everything `select_data.py` reads; `run.dir` receives scores.jsonl, selected.jsonl and the like."""
 
     run: RunConfig = RunConfig(dir="runs/select")
-    model: ModelConfig = ModelConfig()
     data: SelectDataConfig = SelectDataConfig()
-    video: VideoConfig = VideoConfig()
-    prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     select: RuleConfig = RuleConfig()
 
     def __post_init__(self):
-        _check_numbers(self)
+        super().__post_init__()
         rule, k = self.select, self.rollout.group_size
         if rule.rule in ("mixed", "top_variance") and k < 2 and not rule.scores:
             raise ValueError(f"select.rule={rule.rule} needs a variance, and rollout.group_size={k} has none")
 
 
 @dataclass(frozen=True)
-class EvalRunConfig:
+class EvalRunConfig(CommandConfig):
     """Everything `eval.py run` reads; `run.dir` receives predictions.jsonl and metrics.json."""
 
     run: RunConfig = RunConfig(dir="runs/eval")
-    model: ModelConfig = ModelConfig()
     data: TestDataConfig = TestDataConfig()
-    video: VideoConfig = VideoConfig()
-    prompt: PromptConfig = PromptConfig()
     eval: AnswerConfig = AnswerConfig()
 
-    def __post_init__(self):
-        _check_numbers(self)
 
-
-def _check_numbers(section: Any, prefix: str = "") -> None:
+def check_numbers(section: Any, prefix: str = "") -> None:
     """Raises ValueError that names the key, such as run.steps, of a number below 0 or of a `positive` one of 0."""
     for item in fields(section):
         key, value = prefix + item.name, getattr(section, item.name)
         if is_dataclass(value):
-            _check_numbers(value, f"{key}.")
+            check_numbers(value, f"{key}.")
         elif isinstance(value, int | float) and (value < 0 or (value == 0 and item.metadata)):
             raise ValueError(f"{key} must be {'above' if item.metadata else 'at least'} 0, got {value}")
-
-
-def _check_training(cfg: GrpoConfig | SftConfig) -> None:
-    if cfg.optim.warmup_steps > cfg.run.steps:
-        most = f"optim.warmup_steps must be at most run.steps={cfg.run.steps}"
-        raise ValueError(f"{most}, got {cfg.optim.warmup_steps}: optim.lr would never be reached")
-    if cfg.model.lora_rank and cfg.optim.muon_lr:
-        raise ValueError("optim.muon_lr is for training from scratch, not for the adapters of model.lora_rank")
-
-
-def cautions(cfg: GrpoConfig | SftConfig) -> list[str]:
-    """What a training can do and its user hardly means, one line each."""
-    found = []
-    if cfg.model.lora_rank and cfg.optim.lr < 5e-6:
-        rate = f"optim.lr={cfg.optim.lr:g} is a rate for full tuning"
-        found.append(f"{rate}: the adapters of model.lora_rank want about ten times as much, see configs/lora.yaml")
-    if isinstance(cfg, GrpoConfig) and cfg.loss.updates_per_rollout == 1 and cfg.loss.old_logps == "policy":
-        names = ("ratio", "clip", "clip_low", "clip_high")
-        values = {name: getattr(cfg.loss, name) for name in names}
-        changed = [f"loss.{name}={value}" for name, value in values.items() if value != getattr(LossConfig, name)]
-        if changed:
-            why = "changes nothing at loss.updates_per_rollout=1, where every ratio is 1"
-            found.append(f"{', '.join(changed)} {why}: set it to 2 or more")
-    return found
 
 
 def load(config_class: type[ConfigT], paths: Sequence[str] = (), overrides: Sequence[str] = ()) -> ConfigT:

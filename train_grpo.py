@@ -32,7 +32,7 @@ from model.folder import save_model
 from model.optim import make_optimizer, set_learning_rate
 from policy import Packed, Policy, load_policy, pack, packed_logps
 from preflight import plan
-from preflight.selfcheck import check_model, check_ranks
+from preflight.selfcheck import cautions, check_model, check_ranks
 from records.files import read_samples
 from reward_functions import failures_in, load_functions
 from rollout import Rollout
@@ -159,7 +159,7 @@ def train(cfg: GrpoConfig, resume: bool = False) -> Run:
         check_engine(cfg)
         run = Run(cfg.run, config.to_yaml(cfg), resume)
         check_batch(cfg.data.batch_size, run.engine.world_size)
-        run.caution(config.cautions(cfg))
+        run.caution(cautions(cfg))
         functions = load_functions(cfg.rewards.functions)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)

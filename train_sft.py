@@ -22,7 +22,7 @@ from model.folder import save_model
 from model.optim import make_optimizer, set_learning_rate
 from policy import load_policy, pack
 from preflight import plan
-from preflight.selfcheck import check_model, check_ranks
+from preflight.selfcheck import cautions, check_model, check_ranks
 from prompts import Prompt, video_means, video_sums
 from records.files import read_samples
 from records.record import Sample
@@ -77,7 +77,7 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
     with user_errors():
         check_engine(cfg)
         run = Run(cfg.run, config.to_yaml(cfg), resume)
-        run.caution(config.cautions(cfg))
+        run.caution(cautions(cfg))
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest, chat=True)
         for sample in samples:
             target_text(sample, cfg.prompt.think)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from config import GrpoConfig, PlanConfig, SftConfig
+from config import GrpoConfig, SftConfig
 from model.folder import read_config
 from preflight.costs import Case, Launch, read_launch
 from preflight.dryrun import Device, meta_policy
@@ -27,6 +27,7 @@ from preflight.lengths import Length, RoughTokenizer, measure
 from prompts import PromptBuilder
 from records.files import read_samples
 from records.record import Sample
+from runtime.arguments import PlanConfig
 from runtime.engine import check_batch
 from video.budget import Geometry
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import RolloutConfig, flat
+from config import GrpoConfig, LossConfig, RolloutConfig, SftConfig, flat
 from data import PromptReader
 from model.attention import make_span
 from policy import Packed, Policy, pack, prompt_positions
@@ -48,6 +48,22 @@ LAYOUTS = (
 )
 MROPE_SECTION = [16, 24, 24]  # of the released models, whose heads have 128 dimensions
 OTHER_VERSION = "another version of transformers than those in requirements.txt"
+
+
+def cautions(cfg: GrpoConfig | SftConfig) -> list[str]:
+    """What a training can do and its user hardly means, one line each."""
+    found = []
+    if cfg.model.lora_rank and cfg.optim.lr < 5e-6:
+        rate = f"optim.lr={cfg.optim.lr:g} is a rate for full tuning"
+        found.append(f"{rate}: the adapters of model.lora_rank want about ten times as much, see configs/lora.yaml")
+    if isinstance(cfg, GrpoConfig) and cfg.loss.updates_per_rollout == 1 and cfg.loss.old_logps == "policy":
+        names = ("ratio", "clip", "clip_low", "clip_high")
+        values = {name: getattr(cfg.loss, name) for name in names}
+        changed = [f"loss.{name}={value}" for name, value in values.items() if value != getattr(LossConfig, name)]
+        if changed:
+            why = "changes nothing at loss.updates_per_rollout=1, where every ratio is 1"
+            found.append(f"{', '.join(changed)} {why}: set it to 2 or more")
+    return found
 
 
 def check_ranks(policy: Policy, samples: Sequence[Sample], cfg, run: Run) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_type_hints
 
-from config import ANSWER_MODES, UNANSWERED_MODES, ConfigT, EvalRunConfig, PlanConfig, load
+from config import ANSWER_MODES, UNANSWERED_MODES, ConfigT, EvalRunConfig, check_numbers, load, positive
 from records.files import check_floor
 
 REPO = Path(__file__).resolve().parents[1]
@@ -24,6 +24,28 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `--plan` assumes. Not part of a run's configuration, but given like it: `plan.tflops=300`."""
+
+    engine: str = ""  # file of `accelerate launch`; "" means what it has set, or one process
+    memory_gib: float = positive(80.0)  # of a device
+    tflops: float = positive(400.0)  # TFLOP/s that a device reaches in matrix products, not its peak
+    bandwidth: float = positive(2.0)  # TB/s that it reaches in reading and writing memory
+    capability: float = positive(8.0)  # CUDA compute capability; before 8.0 there is no fused attention in bfloat16
+    launch_us: float = positive(10.0)  # microseconds that any operation takes at least
+    completion_tokens: int = 0  # mean length of a completion, for the update's time; 0 means the longest
+    longest_tokens: int = 0  # longest completion of a step, for decoding's time; 0 means rollout.max_new_tokens
+
+    def __post_init__(self):
+        check_numbers(self, "plan.")
+        if self.capability >= 20:
+            raise ValueError(f"plan.capability must be below 20, as in 8.6 for the card's 8.6, got {self.capability}")
+        if 0 < self.longest_tokens < self.completion_tokens:
+            mean = f"plan.completion_tokens={self.completion_tokens}"
+            raise ValueError(f"plan.longest_tokens={self.longest_tokens} is below the mean, {mean}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from conftest import REPO
 import config
 from config import EvalRunConfig, GrpoConfig, SftConfig, load, to_yaml
 from records import files
+from runtime.arguments import PlanConfig
 from runtime.run import config_differences
 
 CONFIGS = sorted(REPO.glob("configs/*.yaml"))
@@ -274,7 +275,7 @@ def test_a_configuration_made_in_python_is_checked_too():
     with pytest.raises(ValueError, match=r"^loss\.clip_low must be below 1"):
         dataclasses.replace(GrpoConfig().loss, clip_low=1.0)
     with pytest.raises(ValueError, match=r"^plan\.tflops must be above 0, got 0$"):
-        config.PlanConfig(tflops=0)
+        PlanConfig(tflops=0)
 
 
 def test_an_override_needs_a_value():

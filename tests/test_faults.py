@@ -24,9 +24,10 @@ from conftest import REPO, folder_size, make_cfg, metrics_of, read_jsonl, weight
 from forked import Fault, start, start_all
 
 import config
-from config import GrpoConfig, PlanConfig
+from config import GrpoConfig
 from data import batch_indices
 from preflight import plan
+from runtime.arguments import PlanConfig
 from runtime.checkpoint import newest_whole, step_of
 
 pytestmark = pytest.mark.slow

@@ -27,6 +27,7 @@ import tiny
 import train_grpo
 import train_sft
 from model import folder
+from preflight.selfcheck import cautions
 from records import check
 from runtime.engine import check_devices
 
@@ -418,7 +419,7 @@ def test_a_launch_file_for_cpus_hides_the_gpus(name):
     ],
 )
 def test_what_a_user_hardly_means_is_one_line_each(overrides, parts):
-    found = config.cautions(config.load(config.GrpoConfig, [], overrides))
+    found = cautions(config.load(config.GrpoConfig, [], overrides))
     assert len(found) == len(parts) and not any("\n" in text for text in found)
     assert all(text.startswith(part) for text, part in zip(found, parts))
 
@@ -431,7 +432,7 @@ def test_a_command_of_latex_is_no_word_of_a_template():
 def test_no_recipe_is_warned_of(name):
     """The 3B recipe with lora.yaml trained its adapters at 1e-6; the clip of dapo.yaml did nothing."""
     files = [f"configs/{file}.yaml" for file in ("grpo_qwen2_5_vl_3b_charades", name)]
-    assert config.cautions(config.load(config.GrpoConfig, [str(REPO / file) for file in files])) == []
+    assert cautions(config.load(config.GrpoConfig, [str(REPO / file) for file in files])) == []
 
 
 def test_warnings_come_at_the_start_of_a_run(place, tmp_path, monkeypatch, capsys):

@@ -10,11 +10,11 @@ import config
 import convert
 import train_grpo
 import train_sft
-from config import GrpoConfig, PlanConfig
+from config import GrpoConfig
 from preflight import plan
 from preflight.costs import Launch
 from preflight.plan import GIB
-from runtime.arguments import from_command_line
+from runtime.arguments import PlanConfig, from_command_line
 
 N = 3_754_622_976  # parameters of the published Qwen2.5-VL-3B
 RECIPE = str(REPO / "configs" / "grpo_qwen2_5_vl_3b_charades.yaml")

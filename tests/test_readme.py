@@ -21,12 +21,12 @@ from conftest import REPO, make_cfg, read_jsonl, sft_cfg
 import config
 import train_grpo
 import train_sft
-from config import EvalRunConfig, GrpoConfig, PlanConfig, SelectConfig, SftConfig
+from config import EvalRunConfig, GrpoConfig, SelectConfig, SftConfig
 from model.attention import make_span, shared_prefix_attention
 from preflight.costs import read_launch
 from records.files import read_samples
 from records.record import to_sample
-from runtime.arguments import from_command_line
+from runtime.arguments import PlanConfig, from_command_line
 
 README, METRICS, LOG = REPO / "README.md", REPO / "docs" / "metrics.md", REPO / "docs" / "LOG.md"
 TEXTS = [README, *(path for path in sorted((REPO / "docs").glob("*.md")) if path != LOG)]  # the log is history
