@@ -1,6 +1,7 @@
-"""What a raw response answers: in an answer block, or in the plain words of a model that was not tuned to write one.
+"""A raw response becomes an answer, an option and spans, or none where it is ambiguous.
 
-For evaluation (`eval.answer`); the reward takes answer blocks alone (rewards.py).
+The reward takes answer blocks alone (`parse_answer`, `parse_choice`, `parse_segments`). Evaluation may also take the
+plain words of a model that was not tuned to write such a block (`parse_response`, `eval.answer`).
 """
 
 import json

@@ -8,7 +8,6 @@ The metrics are in metrics/tasks.py, the comparison is in metrics/compare.py.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -28,9 +27,9 @@ import config
 from config import EvalRunConfig
 from data import PromptReader, check_readable, make_reader
 from metrics.blind import floor_line, floor_of, swap_clips
-from metrics.compare import compare, read_predictions
+from metrics.compare import compare, read_predictions, specification
 from metrics.predictions import blind_head_of, head_of, predict
-from metrics.rows import hash_of, truth_hash
+from metrics.rows import truth_hash
 from metrics.tasks import check_modes, sample_values, score_predictions
 from policy import Policy, load_policy
 from preflight.selfcheck import check_model, check_ranks
@@ -125,31 +124,6 @@ def _answer_all(answered: DoneBatches, policy: Policy, reader: PromptReader, cfg
                 value = sample_values(row, cfg.eval.answer)[name]
                 scores.setdefault(f"{row['task']}/{name}", []).append(100 * value)
             bar.set_postfix({name: f"{np.mean(values):.1f}" for name, values in scores.items()})
-
-
-def specification(cfg: EvalRunConfig, tokenizer) -> dict[str, Any]:
-    """What must be equal for two results to be comparable, and which model this one is of.
-
-    The size of the batch is a part: in bfloat16 a row's numbers depend on those beside it.
-    """
-    prompt = dataclasses.asdict(cfg.prompt)
-    return {
-        "model": cfg.model.path,
-        "dtype": cfg.model.dtype,
-        "video": dataclasses.asdict(cfg.video),
-        "prompt": prompt,
-        "prompt_hash": hash_of([prompt, tokenizer.chat_template]),
-        "template_hash": hash_of(tokenizer.chat_template),
-        "decoding": {
-            "max_new_tokens": cfg.eval.max_new_tokens,
-            "num_answers": cfg.eval.num_answers,
-            "temperature": cfg.eval.temperature,
-            "batch_size": cfg.eval.batch_size,
-            "seed": cfg.run.seed if cfg.eval.temperature else None,
-        },
-        "answer": cfg.eval.answer,
-        "unanswered": cfg.eval.unanswered,
-    }
 
 
 def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:

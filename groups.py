@@ -29,11 +29,6 @@ class Scores:
     right: Tensor  # the task's own parts alone, 1 for a perfect answer
     tokens: Tensor  # completion tokens that count in the loss
 
-    @staticmethod
-    def join(rounds: Sequence[Tensor]) -> "Scores":
-        """Those of several rounds, each packed as (groups, G, 4)."""
-        return Scores(*torch.cat(list(rounds)).unbind(2))
-
 
 @dataclass(frozen=True)
 class GroupRewards:
@@ -99,7 +94,7 @@ def sample_groups(
         packed.append(run.engine.gather(packed_PG4)[: batch.num_places])
         indices += batch.indices
         num_groups += batch.num_places
-        scores = Scores.join(packed)
+        scores = Scores(*torch.cat(packed).unbind(2))
         alive_N = is_alive(scores, cfg)
         num_missing, wanted = cfg.data.batch_size - int(alive_N.sum()), []
         if num_missing and num_refills < cfg.group.max_refills:

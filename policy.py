@@ -1,8 +1,7 @@
 """The policy: a Qwen2-VL / Qwen2.5-VL model that scores G completions over one shared prompt.
 
-Not a loader of model folders (model/folder.py), a sampler (rollout.py) or a loss (grpo.py). `Policy.forward` is what
-`accelerator.prepare` wraps and the only thing called with gradients: packed completions in, log-probs and entropies
-out.
+`Policy.forward` is what `accelerator.prepare` wraps, and the only thing that is called with gradients: it takes packed
+completions and returns their log-probs and entropies.
 
 One row holds, per video, the prompt and then its G completions, ragged and without padding:
 

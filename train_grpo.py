@@ -101,16 +101,8 @@ def loss_of(policy: torch.nn.Module, part: MicroBatch, cfg: LossConfig, stats: U
     logps_BT, entropy_BT = part.logps(policy, entropy_grad=cfg.entropy != 0)
     if part.old_logps_BT is None:
         part.old_logps_BT = logps_BT.detach()
-    loss, sums = policy_loss(
-        logps_BT,
-        part.old_logps_BT,
-        part.advantages_B,
-        mask_BT,
-        part.weights_BT,
-        cfg,
-        ref_logps_BT=part.ref_logps_BT,
-        entropy_BT=entropy_BT,
-    )
+    given = (part.advantages_B, mask_BT, part.weights_BT, cfg, part.ref_logps_BT, entropy_BT)
+    loss, sums = policy_loss(logps_BT, part.old_logps_BT, *given)
     is_first_update = not stats.grad_norms
     gap_BT = (logps_BT.detach() - part.sampled_logps_BT).abs() * mask_BT * is_first_update
     sums |= {"loss": loss.detach(), "entropy": (entropy_BT.detach() * mask_BT).sum()}

@@ -5,15 +5,15 @@ It scores stored predictions and runs no model: `python eval.py compare a/metric
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from config import flat
+from config import EvalRunConfig, flat
 from metrics.intervals import in_points, paired_difference
-from metrics.rows import read_rows, with_truth
+from metrics.rows import hash_of, read_rows, with_truth
 from metrics.tasks import check_modes, cluster_of, score_each
 from records.files import read_samples
 
@@ -71,6 +71,31 @@ def read_predictions(path: str | Path, data: str | None) -> list[dict[str, Any]]
     if not data:
         return rows
     return with_truth(rows, {sample.id: sample for sample in read_samples(data, need_videos=False)}, data)
+
+
+def specification(cfg: EvalRunConfig, tokenizer) -> dict[str, Any]:
+    """What must be equal for two results to be comparable, and which model this one is of.
+
+    The size of the batch is a part: in bfloat16 a row's numbers depend on those beside it.
+    """
+    prompt = asdict(cfg.prompt)
+    return {
+        "model": cfg.model.path,
+        "dtype": cfg.model.dtype,
+        "video": asdict(cfg.video),
+        "prompt": prompt,
+        "prompt_hash": hash_of([prompt, tokenizer.chat_template]),
+        "template_hash": hash_of(tokenizer.chat_template),
+        "decoding": {
+            "max_new_tokens": cfg.eval.max_new_tokens,
+            "num_answers": cfg.eval.num_answers,
+            "temperature": cfg.eval.temperature,
+            "batch_size": cfg.eval.batch_size,
+            "seed": cfg.run.seed if cfg.eval.temperature else None,
+        },
+        "answer": cfg.eval.answer,
+        "unanswered": cfg.eval.unanswered,
+    }
 
 
 def differing_keys(results: Sequence[Result], allowed: Sequence[str]) -> dict[str, list[Any]]:
