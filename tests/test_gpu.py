@@ -6,9 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import test_selfcheck
 from conftest import REPO
-from cuda_kernels import emulate
+from cuda_kernels import as_it_was, emulate
 
 from model import attention
 
@@ -45,7 +44,7 @@ def test_it_finds_the_wrong_gradients_of_a_kernel(gpu, tmp_path, monkeypatch, ca
     monkeypatch.setattr(gpu, "kernels_of", lambda *_: ["flash"])
     monkeypatch.setattr(gpu, "check_sampling", lambda *_: [])
     assert gpu.main(["--shrink", "--out", str(tmp_path / "good")]) == 0
-    monkeypatch.setattr(attention, "attend_backward", test_selfcheck.as_it_was)
+    monkeypatch.setattr(attention, "attend_backward", as_it_was)
     assert gpu.main(["--shrink", "--out", str(tmp_path / "bad")]) == 1
     failed = [check for check in checks_of(tmp_path / "bad") if not check["passed"]]
     assert {check["part"] for check in failed} == {"attention", "packed"}

@@ -2,11 +2,10 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_cfg, make_policy, make_prompts
+from conftest import REPO, make_cfg, make_policy, make_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -22,7 +21,7 @@ from video import frames
 from video.budget import seen_step
 from video.frames import patchify
 
-MROPE = json.loads((Path(__file__).parent / "golden" / "mrope.json").read_text())
+MROPE = json.loads((REPO / "tests" / "golden" / "mrope.json").read_text())
 
 
 class Copies(TorchDispatchMode):

@@ -3,15 +3,15 @@
 import csv
 import gzip
 import json
-from pathlib import Path
 
 import pytest
+from conftest import SHARED
 from prediction_rows import gqa, tvg
 
 import eval as evaluation
 from metrics import tasks
 
-ANNOTATIONS = Path(__file__).resolve().parents[2] / "shared" / "data" / "annotations"
+ANNOTATIONS = SHARED / "data" / "annotations"
 needs_annotations = pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason=f"no {ANNOTATIONS}")
 
 

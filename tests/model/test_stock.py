@@ -33,7 +33,7 @@ from model.positions import rope_positions
 from policy import load_policy, pack, prompt_positions
 from video.budget import seen_step
 
-MROPE = json.loads((Path(__file__).parent / "golden" / "mrope.json").read_text())
+MROPE = json.loads((REPO / "tests" / "golden" / "mrope.json").read_text())
 FOLDERS = {"qwen2_5_vl": "model", "qwen2_vl": "model_qwen2_vl"}
 
 # ---- what the model is asked ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from video.cache import FrameCache
 from video.frames import check_video, decode_video, patchify, resize
 from video.readers import VideoError, probe
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = REPO / "tests" / "golden"
 SAMPLING = json.loads((GOLDEN / "qwen_sampling.json").read_text())
 PIXEL_CASES = json.loads((GOLDEN / "pixels.json").read_text())["cases"]
 READERS = {"decord": readers.read_decord, "PyAV": readers.read_av}

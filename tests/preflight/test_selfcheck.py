@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, make_cfg, make_policy, metrics_of, open_run, read_jsonl, sft_cfg, weights_of, write_data
-from cuda_kernels import emulate
+from cuda_kernels import as_it_was, emulate
 
 import config
 import eval as evaluation
@@ -95,14 +95,6 @@ def test_a_model_that_is_sure_of_its_answer_is_not_called_blind(world, tmp_path)
 
 
 # ---- what the kernels of attention read --------------------------------------------------------------------------
-
-
-def as_it_was(grad, query, key, value, out, lse, is_causal, scale):
-    """attention.attend_backward with the defect that it had: the log-sum-exp goes to CUDA's kernel with its strides."""
-    shape = (None, None, query.shape[2], key.shape[2], 0.0, is_causal, None, None)
-    return attention.aten._scaled_dot_product_flash_attention_backward(
-        grad, query, key, value, out, lse, *shape, scale=scale
-    )
 
 
 @pytest.mark.parametrize("kernel, dtype", [("flash", "float32"), ("flash", "bfloat16"), ("efficient", "float32")])
