@@ -13,7 +13,7 @@ from small_runs import YAML, open_run, prepared, take_step
 from runtime import engine
 from runtime import run as run_module
 from runtime.checkpoint import write_list
-from runtime.environment import environment
+from runtime.environment import code_hash, environment
 
 # ---- folder --------------------------------------------------------------------------------------------------------
 
@@ -291,3 +291,20 @@ def test_the_environment_names_versions_and_commit():
     found = json.loads(json.dumps(environment()))
     assert found["python"] == platform.python_version() and found["packages"]["torch"] == torch.__version__
     assert found["devices"] and {"command", "commit", "diff"} <= found.keys()
+
+
+def test_the_hash_of_the_code_covers_every_folder_of_it(tmp_path, monkeypatch):
+    """A result says by it which code it is of. Tests and benchmarks are none: they have no `__init__.py`."""
+    files = ["train.py", "model/__init__.py", "model/folder.py", "tests/test_a.py", "docs/a.md"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n")
+    monkeypatch.setattr("runtime.environment.REPO", tmp_path)
+    hashes = [code_hash()]
+    for name in files:
+        (tmp_path / name).write_text("# another text\n")
+        hashes.append(code_hash())
+    changed = [name for name, before, after in zip(files, hashes, hashes[1:]) if before != after]
+    assert changed == ["train.py", "model/__init__.py", "model/folder.py"]
+    (tmp_path / "model/folder.py").rename(tmp_path / "model/files.py")
+    assert code_hash() != hashes[-1]
