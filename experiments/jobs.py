@@ -106,8 +106,9 @@ def _is_finished(job: Job, root: Path) -> bool:
     folder = root / job.name
     if not any((folder / name).exists() for name in RESULTS):
         return False
-    files, overrides = config.split_overrides([*job.words(), f"run.dir={folder}"])
-    cfg = config.load(PROGRAMS[job.program], [str(REPO / file) for file in files], overrides)
+    words = [*job.words(), f"run.dir={folder}"]
+    files, overrides = [str(REPO / w) for w in words if "=" not in w], [w for w in words if "=" in w]
+    cfg = config.load(PROGRAMS[job.program], files, overrides)
     now, there = (config.flat(yaml.safe_load(y)) for y in (config.to_yaml(cfg), (folder / "config.yaml").read_text()))
     keys = sorted(key for key in now.keys() | there.keys() if now.get(key) != there.get(key))
     if keys:

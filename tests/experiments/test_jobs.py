@@ -21,8 +21,8 @@ sys.path.insert(0, {repo!r})
 from pathlib import Path
 import config
 
-files, overrides = config.split_overrides(sys.argv[2:])
-cfg = config.load(config.EvalRunConfig, files, overrides)
+words = sys.argv[2:]
+cfg = config.load(config.EvalRunConfig, [w for w in words if "=" not in w], [w for w in words if "=" in w])
 root, folder = Path({root!r}), Path(cfg.run.dir)
 folder.mkdir(parents=True)
 (folder / "config.yaml").write_text(config.to_yaml(cfg))

@@ -353,7 +353,7 @@ def test_several_answers_are_sampled_by_id_and_scored_by_mean_and_best(world, tm
     ("overrides", "reason"),
     [
         (["eval.num_answers=3"], r"eval.temperature must be above 0 \(0: one greedy answer\), got 0.0"),
-        (["eval.temperature=-1"], "eval.temperature must be above 0"),
+        (["eval.temperature=-1"], "eval.temperature must be at least 0, got -1.0"),
         (["eval.num_answers=0"], "eval.num_answers must be above 0, got 0"),
         (["eval.batch_size=0"], "eval.batch_size must be above 0, got 0"),
         (["eval.every=1"], "unknown key eval.every"),

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 import config
 import eval as evaluation
+import groups
 import tiny
 import train_grpo
 import train_sft
@@ -75,7 +76,7 @@ def test_training_and_evaluation_ask_the_same_of_the_same_sample(world, tmp_path
     train += [f"data.cache_dir={tmp_path}/cache", "rollout.max_new_tokens=4", "rollout.group_size=2", "loss.beta=0"]
     grpo = [str(REPO / "configs/grpo_qwen2_5_vl_3b_charades.yaml")]
     test = [f"data.test={data}", "data.floor=", "eval.max_new_tokens=4", "eval.batch_size=4"]
-    by_grpo = record_prompts(monkeypatch, train_grpo, "generate")
+    by_grpo = record_prompts(monkeypatch, groups, "generate")
     by_sft = record_prompts(monkeypatch, train_sft, "pack")
     by_eval = record_prompts(monkeypatch, predictions, "generate")
     train_grpo.train(config.load(config.GrpoConfig, grpo, [*common, *train, f"run.dir={tmp_path}/grpo"]))
