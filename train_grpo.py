@@ -39,7 +39,7 @@ from rollout import Rollout
 from runtime.clock import Clock
 from runtime.engine import check_batch, check_engine
 from runtime.run import Run
-from runtime.signals import die_of, interruptible
+from runtime.signals import interruptible
 from step_log import Alarm, UpdateStats, frac_nearly_equal, print_step, sample_rows, step_metrics
 
 
@@ -199,8 +199,7 @@ def main(argv: list[str] | None = None) -> Run | None:
             return plan.show(cfg, planned)
     with interruptible():
         run = train(cfg, resume)
-    if run.stop_signal is not None:
-        die_of(run.stop_signal)
+    run.die_if_stopped()
     return run
 
 

@@ -30,7 +30,7 @@ from rewards import format_answer
 from runtime.clock import Clock
 from runtime.engine import check_batch, check_engine
 from runtime.run import Run
-from runtime.signals import die_of, interruptible
+from runtime.signals import interruptible
 
 
 def target_text(sample: Sample, think: bool) -> str:
@@ -122,8 +122,7 @@ def main(argv: list[str] | None = None) -> Run | None:
             return plan.show(cfg, planned, lambda sample: target_text(sample, cfg.prompt.think))
     with interruptible():
         run = train(cfg, resume)
-    if run.stop_signal is not None:
-        die_of(run.stop_signal)
+    run.die_if_stopped()
     return run
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "decord2", "decord", "av", "numpy", "tokenizers")
+PACKAGES = "torch transformers accelerate peft deepspeed decord2 decord av numpy tokenizers"
 
 
 def code_hash() -> str:
@@ -28,7 +28,7 @@ def code_hash() -> str:
 def environment() -> dict:
     """What env.json holds: the command, versions, devices, commit and uncommitted changes."""
     packages = {}
-    for name in PACKAGES:
+    for name in PACKAGES.split():
         with suppress(PackageNotFoundError):
             packages[name] = version(name)
     packages["torch"] = torch.__version__  # with its build, as in 2.13.0+cpu

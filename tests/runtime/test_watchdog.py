@@ -168,7 +168,7 @@ def test_processes_may_finish_further_apart_than_the_limit(tmp_path, work):
 SCRIPT = """
 import sys, threading
 from torch.distributed import TCPStore
-from watchdog import Watchdog
+from runtime.watchdog import Watchdog
 store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 import os
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
