@@ -108,14 +108,12 @@ def of_eval(argv: list[str] | None, doc: str) -> argparse.Namespace:
     command.add_argument("--allow", action="append", default=[], metavar="KEY", help="may differ; a section for all")
     args, rest = parser.parse_known_args(argv)
     if args.command != "run" or any(word.startswith("-") for word in rest):
-        args = parser.parse_args(argv)  # which names what it does not know
-    elif rest:
-        args.overrides += rest  # overrides on both sides of an option
-    if args.command == "run":
-        args.cfg = load(EvalRunConfig, *_files_and_overrides(args))
-        is_finished = (Path(args.cfg.run.dir) / "metrics.json").is_file()  # then its metrics are only printed
-        if args.cfg.data.floor and not is_finished:
-            check_floor(args.cfg.data.floor)
+        return parser.parse_args(argv)  # which names what it does not know
+    args.overrides += rest  # overrides on both sides of an option
+    args.cfg = load(EvalRunConfig, *_files_and_overrides(args))
+    is_finished = (Path(args.cfg.run.dir) / "metrics.json").is_file()  # then its metrics are only printed
+    if args.cfg.data.floor and not is_finished:
+        check_floor(args.cfg.data.floor)
     return args
 
 

@@ -77,6 +77,5 @@ class Clock:
     def read(self) -> dict[str, float]:
         """`time/<phase>` in seconds and `memory/<phase>` in GiB since the last call, and start again."""
         found = dict(self.seconds | self.gib)
-        self.seconds.clear()
-        self.gib.clear()
+        self.seconds, self.gib = defaultdict(float), defaultdict(float)
         return found

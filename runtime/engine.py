@@ -40,14 +40,6 @@ def use_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
-def _keep_deepspeed_on_gloo() -> None:
-    """Its own collectives for CPUs are compiled at the first start, and wait in a busy loop, for a dead process too."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def check_engine(cfg) -> None:
     """Raises ValueError for what the engine at hand does not train as it should. `cfg`: a configuration of training."""
     if cfg.model.dtype == "bfloat16" and not cfg.model.lora_rank and not use_deepspeed():  # a step of 1e-6 is rounded
@@ -62,9 +54,8 @@ def check_engine(cfg) -> None:
 def check_devices() -> None:
     """Raises ValueError where a launch file for GPUs starts more processes on this machine than it has GPUs.
 
-    accelerate lets them all train on the CPU where there is no GPU at all. A file for CPUs hides the GPUs by its
-    gpu_ids, as those of configs/accelerate/ do. Only the machine's first process says it, and the others just end: a
-    launcher stops all at the first one that fails.
+    A file for CPUs hides the GPUs by its gpu_ids, as those of configs/accelerate/ do. Only the machine's first process
+    raises, and the others just end, because a launcher stops all at the first one that fails.
     """
     hidden = set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(" ", "").split(",")) <= {"", "-1"}
     hidden = hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
@@ -96,8 +87,11 @@ class Engine:
     def __init__(self, dir: str | Path, tracker: str, timeout_s: float):
         check_devices()
         on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
-        if on_cpu and use_deepspeed():
-            _keep_deepspeed_on_gloo()
+        if on_cpu and use_deepspeed():  # DeepSpeed's own collectives for CPUs wait in a busy loop, for the dead too
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            import deepspeed
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.accelerator = Accelerator(
             cpu=on_cpu and not use_deepspeed(),
             log_with=None if tracker == "none" else tracker,
@@ -136,24 +130,19 @@ class Engine:
         with self.watchdog.meeting():
             self.accelerator.wait_for_everyone()
 
-    def broadcast(self, value):
-        """The object of the main process, on all."""
-        box = [value]
-        with self.watchdog.meeting():
-            broadcast_object_list(box)
-        return box[0]
-
-    def raise_together(self, action: Callable[[], None]) -> None:
-        """Run `action` on the main process; what it raises is raised on all."""
-        error = None
+    def raise_together(self, action: Callable):
+        """Run `action` on the main process; what it returns or raises is returned or raised on all."""
+        outcome = [None, None]
         if self.is_main:
             try:
-                action()
-            except (ValueError, OSError) as caught:
-                error = caught
-        error = self.broadcast(error)
+                outcome[0] = action()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        with self.watchdog.meeting():
+            found, error = broadcast_object_list(outcome)
         if error is not None:
             raise error
+        return found
 
     def try_together(self, action: Callable[[], None], on_main: bool = False) -> list[str]:
         """Run `action` on every process or the main one; returns, on all, what could not be written."""
@@ -208,11 +197,10 @@ class Engine:
 
     @contextmanager
     def whole_weights(self, gather: bool = True) -> Iterator[bool]:
-        """A context in which every process holds the trained model whole and may call it as often as it likes.
+        """Gather ZeRO-3's weights, unless `gather` is False, so that every process may call the model at will.
 
-        ZeRO-3's weights are gathered once. Its hooks are off meanwhile: they would shard each layer again after its
-        first call, and gather it anew for every token. With `gather` False they stay as they are. Yields whether the
-        weights are whole; else all processes must make the same calls.
+        Its hooks are off meanwhile: they would shard each layer after its first call, and gather it for every token.
+        Yields whether the weights are whole. If they are not, all processes must make the same calls.
         """
         if self._sharded is None or not gather:
             yield self._sharded is None

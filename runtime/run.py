@@ -47,12 +47,8 @@ class Run:
         self._failed: OSError | None = None  # of the main process, to append a row
         self.engine = Engine(cfg.dir, tracker, cfg.timeout)
         self.is_main = self.engine.is_main
-        self.checkpoint: Path | None = None
-        self.start_step, self.state = 0, {}
-        self.engine.raise_together(lambda: self._open(config_yaml, resume))
-        self.checkpoint, self.start_step, self.state = self.engine.broadcast(
-            (self.checkpoint, self.start_step, self.state)
-        )
+        found = self.engine.raise_together(lambda: self._open(config_yaml, resume))
+        self.checkpoint, self.start_step, self.state = found or (None, 0, {})
         self.saved_step = self.start_step
         self.stopped = False  # by a signal, before the last step
         self._stop_request = StopRequest(tell=self.is_main)
@@ -62,11 +58,6 @@ class Run:
             settings = flat(yaml.safe_load(config_yaml))  # trackers take numbers and texts
             settings = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
             self.engine.accelerator.init_trackers("logs", settings)
-
-    def caution(self, texts: Sequence[str]) -> None:
-        """Warn of what the configuration asks for, once for all processes."""
-        for text in texts if self.is_main else ():
-            warn(text)
 
     def _lock(self) -> None:
         """Hold the folder while this process lives: two runs in one would mix their rows."""
@@ -79,62 +70,59 @@ class Run:
         except OSError as error:
             raise ValueError(f"run.dir {self.dir} cannot be written and locked: {error.strerror}") from None
 
-    def _open(self, config_yaml: str, resume: bool) -> None:
-        is_there = (self.dir / "config.yaml").is_file()
-        is_used = self.dir.is_dir() and bool({path.name for path in self.dir.iterdir()} - UNUSED)
+    def _open(self, config_yaml: str, resume: bool) -> tuple[Path, int, dict] | None:
+        """Make the folder, or go back to its newest checkpoint; returns that, its step and its state."""
+        path = self.dir / "config.yaml"
+        is_there = path.is_file()
+        is_used = self.dir.is_dir() and bool({entry.name for entry in self.dir.iterdir()} - UNUSED)
         if resume and self.has_checkpoints and not is_there and (is_used or not self.dir.is_dir()):
-            raise FileNotFoundError(f"--resume: {self.dir / 'config.yaml'} not found")
+            raise FileNotFoundError(f"--resume: {path} not found")
         resume = resume and is_there  # else it was stopped before it began
         if not resume and is_used:
             raise FileExistsError(f"run.dir {self.dir} exists; give --resume to go on, or another run.dir")
         self._lock()
         if not resume:
             checkpoint.write_text(self.dir / "env.json", json.dumps(environment(), indent=2) + "\n")
-            checkpoint.write_text(self.dir / "config.yaml", config_yaml)
-            return
-        self._check_same_config(config_yaml)
-        if self.has_checkpoints:
-            self._find_checkpoint()
-
-    def _check_same_config(self, config_yaml: str) -> None:
-        path = self.dir / "config.yaml"
+            checkpoint.write_text(path, config_yaml)
+            return None
         differences = config_differences(path, config_yaml)
         differing = [text for key, text in differences.items() if key not in MAY_CHANGE]
         if differing:
             raise ValueError(f"--resume: {path} differs in {', '.join(differing)}")
         checkpoint.write_text(path, config_yaml)
+        return self._find_checkpoint() if self.has_checkpoints else None
 
-    def _find_checkpoint(self) -> None:
+    def _find_checkpoint(self) -> tuple[Path | None, int, dict]:
         """Go back to the newest checkpoint that is whole, or to the beginning where none was ever complete."""
-        folder = self.dir / "checkpoints"
-        self.checkpoint, damaged = checkpoint.newest_whole(folder)
-        if damaged and self.checkpoint is None:
+        folder, saved = self.dir / "checkpoints", {"step": 0, "state": {}}
+        newest, damaged = checkpoint.newest_whole(folder)
+        if damaged and newest is None:
             listed = "; ".join(f"{path}, {how}" for path, how in damaged.items())
             raise ValueError(f"--resume: no checkpoint is whole: {listed}")
-        if self.checkpoint is None:
+        if newest is None:
             print(f"{self.dir} has no complete checkpoint yet: starting at step 0")
         else:
-            saved = json.loads((self.checkpoint / "run.json").read_text())
-            self._check_same_engine(saved["num_processes"], saved["sharding"])
-            self.start_step, self.state = saved["step"], saved["state"]
+            saved = json.loads((newest / "run.json").read_text())
+            self._check_same_engine(newest, saved["num_processes"], saved["sharding"])
         for path, how in damaged.items():
-            warn(f"{path} is damaged ({how}); going on from {self.checkpoint.name}")
-            checkpoint.set_aside(path)
+            warn(f"{path} is damaged ({how}); going on from {newest.name}")
+            checkpoint.put_in_place(path, path.with_name(f"damaged_{path.name}"))
         for place in (self.dir, folder):
             checkpoint.remove_unfinished(place)
         for name in ROWS:
-            checkpoint.cut_back(self.dir / name, self.start_step)
+            checkpoint.cut_back(self.dir / name, saved["step"])
+        return newest, saved["step"], saved["state"]
 
-    def _check_same_engine(self, num_processes: int, sharding: str) -> None:
+    def _check_same_engine(self, newest: Path, num_processes: int, sharding: str) -> None:
         """Whole weights go on with any number of processes, those that are cut up with as many as they were cut for."""
         here = self.engine
         if sharding != here.sharding or (sharding != "none" and num_processes != here.world_size):
             raise ValueError(
-                f"--resume: {self.checkpoint} differs in sharding ({sharding} there, {here.sharding} now) or number of "
+                f"--resume: {newest} differs in sharding ({sharding} there, {here.sharding} now) or number of "
                 f"processes ({num_processes} there, {here.world_size} now)"
             )
         if num_processes != here.world_size:
-            print(f"going on with {here.world_size} processes, {self.checkpoint} is of {num_processes}")
+            print(f"going on with {here.world_size} processes, {newest} is of {num_processes}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to metrics.jsonl and hand it to the tracker, without what is not finite: JSON has no NaN."""
@@ -195,18 +183,12 @@ class Run:
                 return
 
     def die_if_stopped(self) -> None:
-        """Die of the signal that has stopped the run.
-
-        Under torch's launcher a process ends by itself: the launcher got the signal too, or would report a failure.
-        """
+        """Die of the signal that has stopped the run, but under torch's launcher, which would report a failure."""
         if self.stopped and self._stop_request.number is not None and not is_launched():
             die_of(self._stop_request.number)
 
     def check_finite(self, step: int, rows: Sequence[dict]) -> None:
-        """End the run where too many updates in a row were skipped, or where the gradient of the first one was huge.
-
-        `rows` are this process's part of the batch.
-        """
+        """End the run after too many skipped updates or a huge first gradient; `rows` are this process's batch."""
         norm, limit = self.engine.first_norm, self.cfg.max_first_grad_norm
         if limit and norm > limit:
             self._end(
@@ -219,16 +201,15 @@ class Run:
             return
         path, found = self.dir / "not_finite.json", self.engine.gather_rows(self.engine.not_finite)
         content = {"step": step, "not_finite": found, "batch": self.engine.gather_rows(rows)}
-        self.engine.raise_together(
-            lambda: checkpoint.write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        )
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        self.engine.raise_together(lambda: checkpoint.write_text(path, text))
         num = self.engine.skipped_in_a_row
         self._end(f"error: {num} updates in a row had no finite gradient (run.max_skipped); the batch is in {path}")
 
     def save_due(self, step: int) -> bool:
         """Whether to save a checkpoint after `step` steps: every so often, at the end, and before a stop.
 
-        All processes agree here: on a signal that one of them got, and on ending where a row could not be written.
+        All processes agree here on a signal that one of them got. Here the run ends if a row could not be written.
         """
         stop, failed = self._stop_request.number is not None, self._failed is not None
         asked = self.engine.sums({"stop": float(stop), "failed": float(failed)})
@@ -244,25 +225,26 @@ class Run:
         """
         folder = self.dir / "checkpoints" / f"step_{step:06d}"
         aside, engine = folder.with_name(f"tmp_{folder.name}"), self.engine
+
+        def complete() -> None:
+            saved = {"step": step, "state": state | {"skipped_in_a_row": engine.skipped_in_a_row}}
+            saved |= {"num_processes": engine.world_size, "sharding": engine.sharding}
+            (aside / "run.json").write_text(json.dumps(saved))
+            checkpoint.write_list(aside)
+            for path in [self.dir / name for name in ROWS if (self.dir / name).is_file()]:
+                checkpoint.sync(path)  # no rows may be missing that this checkpoint counts on
+            checkpoint.put_in_place(aside, folder)
+
         with engine.phase("save"):
             errors = engine.try_together(lambda: checkpoint.make_empty(aside), on_main=True)
             errors = errors or engine.try_together(lambda: engine.save_state(aside))
-            errors = errors or engine.try_together(lambda: self._complete(aside, folder, step, state), on_main=True)
+            errors = errors or engine.try_together(complete, on_main=True)
         self.saved_step = self.saved_step if errors else step
         if self.is_main and errors:
             shutil.rmtree(aside, ignore_errors=True)
             warn(f"no checkpoint of step {step}, the newest is of step {self.saved_step}: {'; '.join(errors)}")
         elif self.is_main:
             checkpoint.remove_old(folder.parent, self.cfg.keep_checkpoints)
-
-    def _complete(self, aside: Path, folder: Path, step: int, state: dict) -> None:
-        state = state | {"skipped_in_a_row": self.engine.skipped_in_a_row}
-        engine = {"num_processes": self.engine.world_size, "sharding": self.engine.sharding}
-        (aside / "run.json").write_text(json.dumps({"step": step, "state": state} | engine))
-        checkpoint.write_list(aside)
-        for path in [self.dir / name for name in ROWS if (self.dir / name).is_file()]:
-            checkpoint.sync(path)  # no rows may be missing that this checkpoint counts on
-        checkpoint.put_in_place(aside, folder)
 
     def write_folder(self, name: str, write: Callable[[Path, dict | None], None]) -> bool:
         """Have `write(folder, weights)`, on the main process, fill a folder aside, and rename it; False if that failed.

@@ -20,7 +20,7 @@ LAUNCHER_GRACE_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # of torch's launcher: so l
 
 @contextmanager
 def handled(handler: Callable[[int], None]) -> Iterator[None]:
-    """Calls `handler(number)` at SIGTERM and SIGINT; but for the main thread, where alone that is possible, nothing."""
+    """Calls `handler(number)` at SIGTERM and SIGINT. Python allows that in the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
