@@ -97,10 +97,8 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
             metrics |= {"update/num_skipped": float(not math.isfinite(grad_norm))}
             metrics |= validator(step + 1, raw) | clock.read()
             run.log(step + 1, metrics)
-            pairs = zip(prompts, targets)
-            run.check_finite(
-                step + 1, [{"step": step + 1, "id": p.sample.id, "target": group[0]} for p, group in pairs]
-            )
+            rows = [{"step": step + 1, "id": p.sample.id, "target": group[0]} for p, group in zip(prompts, targets)]
+            run.check_finite(step + 1, rows)
             del prompts  # the next step needs the memory of their videos' patches
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state)

@@ -183,7 +183,7 @@ class Run:
                 return
 
     def die_if_stopped(self) -> None:
-        """Die of the signal that has stopped the run, but under torch's launcher, which would report a failure."""
+        """Die of the signal that stopped the run, unless torch's launcher is there, which would report a failure."""
         if self.stopped and self._stop_request.number is not None and not is_launched():
             die_of(self._stop_request.number)
 
