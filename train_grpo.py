@@ -13,7 +13,7 @@ Letters: P prompts of this process, G completions each, B = P * G, T tokens, N g
 from dataclasses import dataclass
 from functools import partial
 
-from config import GrpoConfig
+from config import GrpoConfig, LossConfig
 from runtime.arguments import from_command_line, user_errors
 
 if __name__ == "__main__":  # here, so that a misspelt key is told before torch is imported, which takes seconds
@@ -22,8 +22,6 @@ if __name__ == "__main__":  # here, so that a misspelt key is told before torch 
 import torch
 from torch import Tensor
 
-import config
-from config import LossConfig
 from data import Loader, make_reader
 from groups import Batch, choose_groups, loss_mask, sample_groups
 from grpo import policy_loss, token_weights
@@ -32,14 +30,13 @@ from model.folder import save_model
 from model.optim import make_optimizer, set_learning_rate
 from policy import Packed, Policy, load_policy, pack, packed_logps
 from preflight import plan
-from preflight.selfcheck import cautions, check_model, check_ranks
+from preflight.selfcheck import check_model, check_ranks, open_run
 from records.files import read_samples
 from reward_functions import failures_in, load_functions
 from rollout import Rollout
 from runtime.clock import Clock
-from runtime.engine import check_batch, check_engine
 from runtime.run import Run
-from runtime.signals import die_of, interruptible
+from runtime.signals import interruptible
 from step_log import Alarm, UpdateStats, frac_nearly_equal, print_step, sample_rows, step_metrics
 
 
@@ -81,9 +78,8 @@ def micro_batches(policy: Policy, rollout: Rollout, batch: Batch, cfg: GrpoConfi
     parts = []
     for videos in slices:
         rows = slice(videos.start * rollout.group_size, videos.stop * rollout.group_size)
-        prompts = rollout.prompts[videos]
         part = MicroBatch(
-            row=pack(prompts, completions[videos], policy.model.config, policy.device, most_tokens),
+            row=pack(rollout.prompts[videos], completions[videos], policy.model.config, policy.device, most_tokens),
             video_embeds=rollout.video_embeds[videos] if policy.vision_is_frozen else None,
             mask_BT=mask_BT[rows],
             weights_BT=weights_BT[rows],
@@ -148,10 +144,7 @@ def load_reference(policy: Policy, cfg: GrpoConfig, run: Run) -> Policy | None:
 
 def train(cfg: GrpoConfig, resume: bool = False) -> Run:
     with user_errors():
-        check_engine(cfg)
-        run = Run(cfg.run, config.to_yaml(cfg), resume)
-        check_batch(cfg.data.batch_size, run.engine.world_size)
-        run.caution(cautions(cfg))
+        run = open_run(cfg, resume)
         functions = load_functions(cfg.rewards.functions)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
         raw = load_policy(cfg.model, cfg.rollout.temperature).to(run.engine.device)
@@ -199,8 +192,7 @@ def main(argv: list[str] | None = None) -> Run | None:
             return plan.show(cfg, planned)
     with interruptible():
         run = train(cfg, resume)
-    if run.stop_signal is not None:
-        die_of(run.stop_signal)
+    run.die_if_stopped()
     return run
 
 

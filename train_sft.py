@@ -15,22 +15,20 @@ if __name__ == "__main__":  # here, so that a misspelt key is told before torch 
 
 import torch
 
-import config
 from data import Loader, make_reader
 from metrics.validation import Validator
 from model.folder import save_model
 from model.optim import make_optimizer, set_learning_rate
 from policy import load_policy, pack
 from preflight import plan
-from preflight.selfcheck import cautions, check_model, check_ranks
+from preflight.selfcheck import check_model, check_ranks, open_run
 from prompts import Prompt, video_means, video_sums
 from records.files import read_samples
 from records.record import Sample
 from rewards import format_answer
 from runtime.clock import Clock
-from runtime.engine import check_batch, check_engine
 from runtime.run import Run
-from runtime.signals import die_of, interruptible
+from runtime.signals import interruptible
 
 
 def target_text(sample: Sample, think: bool) -> str:
@@ -68,20 +66,12 @@ def update(policy, optimizer, prompts, targets, num_tokens: float, cfg: SftConfi
     return run.engine.sums({"loss": sum(own)})["loss"], grad_norm
 
 
-def batch_rows(prompts: list[Prompt], targets: list[list[list[int]]], step: int) -> list[dict]:
-    """What a step was trained on, for a file that says what was not finite."""
-    return [{"step": step, "id": prompt.sample.id, "target": group[0]} for prompt, group in zip(prompts, targets)]
-
-
 def train(cfg: SftConfig, resume: bool = False) -> Run:
     with user_errors():
-        check_engine(cfg)
-        run = Run(cfg.run, config.to_yaml(cfg), resume)
-        run.caution(cautions(cfg))
+        run = open_run(cfg, resume)
         samples = read_samples(cfg.data.train, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest, chat=True)
-        for sample in samples:
+        for sample in samples:  # so that one without a response is told now
             target_text(sample, cfg.prompt.think)
-        check_batch(cfg.data.batch_size, run.engine.world_size)
         raw = load_policy(cfg.model).to(run.engine.device)
         check_ranks(raw, samples, cfg, run)
         reader = make_reader(cfg, raw.tokenizer, raw.device)
@@ -107,7 +97,8 @@ def train(cfg: SftConfig, resume: bool = False) -> Run:
             metrics |= {"update/num_skipped": float(not math.isfinite(grad_norm))}
             metrics |= validator(step + 1, raw) | clock.read()
             run.log(step + 1, metrics)
-            run.check_finite(step + 1, batch_rows(prompts, targets, step + 1))
+            rows = [{"step": step + 1, "id": p.sample.id, "target": group[0]} for p, group in zip(prompts, targets)]
+            run.check_finite(step + 1, rows)
             del prompts  # the next step needs the memory of their videos' patches
             if run.save_due(step + 1):
                 run.save_checkpoint(step + 1, validator.state | loader.state)
@@ -122,8 +113,7 @@ def main(argv: list[str] | None = None) -> Run | None:
             return plan.show(cfg, planned, lambda sample: target_text(sample, cfg.prompt.think))
     with interruptible():
         run = train(cfg, resume)
-    if run.stop_signal is not None:
-        die_of(run.stop_signal)
+    run.die_if_stopped()
     return run
 
 

@@ -30,6 +30,7 @@ from ways import write_clip
 import config
 import tiny
 import train_grpo
+from preflight import selfcheck
 from runtime.environment import environment
 from runtime.run import Run
 
@@ -83,11 +84,11 @@ def measure(folder: Path, num: int, steps: int) -> dict[str, float]:
         seconds.append(time.perf_counter() - start)
         return samples
 
-    train_grpo.read_samples, train_grpo.Run = timed_read, TimedRun
+    train_grpo.read_samples, selfcheck.Run = timed_read, TimedRun
     try:
         run = train_grpo.train(config.load(config.GrpoConfig, [], overrides))
     finally:
-        train_grpo.read_samples, train_grpo.Run = read, Run
+        train_grpo.read_samples, selfcheck.Run = read, Run
     rows = run.rows("metrics.jsonl")
     wholes = [end - start for start, end in zip(run.starts, run.starts[1:])][WARM_UP:]
     rows = rows[WARM_UP : WARM_UP + len(wholes)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import GrpoConfig, LossConfig, RolloutConfig, SftConfig, flat
+from config import GrpoConfig, LossConfig, RolloutConfig, SftConfig, flat, to_yaml
 from data import PromptReader
 from model.attention import make_span
 from policy import Packed, Policy, pack, prompt_positions
@@ -27,8 +27,9 @@ from preflight import kernelcheck
 from prompts import Prompt
 from records.record import Sample
 from rollout import generate
+from runtime.engine import check_batch, check_engine
 from runtime.environment import code_hash
-from runtime.run import Run
+from runtime.run import Run, warn
 from video.budget import Geometry
 from video.frames import Video
 
@@ -64,6 +65,16 @@ def cautions(cfg: GrpoConfig | SftConfig) -> list[str]:
             why = "changes nothing at loss.updates_per_rollout=1, where every ratio is 1"
             found.append(f"{', '.join(changed)} {why}: set it to 2 or more")
     return found
+
+
+def open_run(cfg: GrpoConfig | SftConfig, resume: bool) -> Run:
+    """The run of a training, once its configuration is checked. Raises ValueError; cautions are warnings."""
+    check_engine(cfg)
+    run = Run(cfg.run, to_yaml(cfg), resume)
+    check_batch(cfg.data.batch_size, run.engine.world_size)
+    for text in cautions(cfg) if run.is_main else ():
+        warn(text)
+    return run
 
 
 def check_ranks(policy: Policy, samples: Sequence[Sample], cfg, run: Run) -> None:

@@ -15,6 +15,10 @@ from config import ANSWER_MODES, UNANSWERED_MODES, ConfigT, EvalRunConfig, check
 from records.files import check_floor
 
 REPO = Path(__file__).resolve().parents[1]
+CONFIGURED = argparse.ArgumentParser(add_help=False)  # what every program with a configuration takes
+CONFIGURED.add_argument("--config", nargs="+", default=[], action="extend", metavar="FILE", help="YAML; later win")
+CONFIGURED.add_argument("--resume", action="store_true", help="go on with a run.dir that was stopped")
+CONFIGURED.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
 @contextmanager
@@ -53,28 +57,30 @@ class _Planned:
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 
+def _files_and_overrides(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """`--config a.yaml b=1` takes both words."""
+    words = args.config + args.overrides
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
 @user_errors()
 def from_command_line(
     config_class: type[ConfigT], argv: list[str] | None, doc: str, default: str
 ) -> tuple[ConfigT, bool, PlanConfig | None]:
-    """Parse `[--config FILE ...] [--resume] [--plan [FILE]] [section.key=value ...]`.
+    """The config, `resume`, and what --plan assumes or None without it.
 
-    Returns the config, `resume`, and what --plan assumes, None without it. Without --config the file `default` of this
-    repository is read.
+    Without --config the file `default` of this repository is read.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="+", default=[], action="extend", metavar="FILE", help="YAML; later win")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run.dir")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=how, parents=[CONFIGURED])
     parser.set_defaults(plan=None)
     if "optim" in get_type_hints(config_class):  # it trains
         text = "print tokens, memory and time instead of training; FILE is that of `accelerate launch`"
         parser.add_argument("--plan", nargs="?", const="", metavar="FILE", help=text)
     args = parser.parse_intermixed_args(argv)
-    words = args.config + args.overrides  # `--config a.yaml b=1` takes both
+    files, overrides = _files_and_overrides(args)
     if args.plan:
-        words.append(args.plan if "=" in args.plan else f"plan.engine={args.plan}")
-    files, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+        overrides.append(args.plan if "=" in args.plan else f"plan.engine={args.plan}")
     assumed = [text for text in overrides if text.startswith("plan.")]
     if assumed and args.plan is None:
         raise ValueError(f"override {assumed[0]!r} is for --plan")
@@ -89,34 +95,25 @@ def from_command_line(
 def of_eval(argv: list[str] | None, doc: str) -> argparse.Namespace:
     """Parse the arguments of eval.py: `command` is run, score or compare, and `cfg` is the configuration of run."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("run", help="answers of a model, and their metrics")
-    command.add_argument("--config", nargs="+", default=[], action="extend", metavar="FILE", help="later win")
-    command.add_argument("--resume", action="store_true", help="go on with a run.dir that was stopped")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value")
-    command.set_defaults(command="run")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{run,score,compare}")
+    commands.add_parser("run", help="answers of a model, and their metrics", parents=[CONFIGURED])
     command = commands.add_parser("score", help="metrics from stored predictions, without a model")
     command.add_argument("predictions", help="predictions.jsonl")
     command.add_argument("--out", required=True, help="metrics.json to write")
     command.add_argument("--data", help="records with the truth; those without a prediction count too")
     command.add_argument("--answer", choices=ANSWER_MODES, help="what counts as the answer; default: as in the run")
     command.add_argument("--unanswered", choices=UNANSWERED_MODES, help="what becomes of no answer; default: as there")
-    command.set_defaults(command="score")
     command = commands.add_parser("compare", help="results side by side, differences with paired intervals")
     command.add_argument("results", nargs="+", metavar="metrics.json", help="the first one is subtracted")
     command.add_argument("--allow", action="append", default=[], metavar="KEY", help="may differ; a section for all")
-    command.set_defaults(command="compare")
     args, rest = parser.parse_known_args(argv)
     if args.command != "run" or any(word.startswith("-") for word in rest):
-        args = parser.parse_args(argv)  # which names what it does not know
-    elif rest:
-        args.overrides += rest  # overrides on both sides of an option
-    if args.command == "run":
-        words = args.config + args.overrides
-        args.cfg = load(EvalRunConfig, [w for w in words if "=" not in w], [w for w in words if "=" in w])
-        is_finished = (Path(args.cfg.run.dir) / "metrics.json").is_file()  # then its metrics are only printed
-        if args.cfg.data.floor and not is_finished:
-            check_floor(args.cfg.data.floor)
+        return parser.parse_args(argv)  # which names what it does not know
+    args.overrides += rest  # overrides on both sides of an option
+    args.cfg = load(EvalRunConfig, *_files_and_overrides(args))
+    is_finished = (Path(args.cfg.run.dir) / "metrics.json").is_file()  # then its metrics are only printed
+    if args.cfg.data.floor and not is_finished:
+        check_floor(args.cfg.data.floor)
     return args
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run folder: written aside, synced, renamed when complete, and known again when they are damaged.
 
 A checkpoint is a folder `checkpoints/step_000012` with a list of its files, their sizes and checksums. Rows of the
-run's .jsonl files that were written after it are cut. Nothing to run.
+run's .jsonl files that were written after it are cut.
 """
 
 import errno
@@ -132,7 +132,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def put_in_place(aside: Path, folder: Path) -> None:
-    """Give a folder that was written aside its name, in place of the one that has it."""
+    """Give a folder its name, once it is on the disk, in place of the folder that has it."""
     sync(aside)
     old = folder.with_name(f"tmp_old_{folder.name}")
     if folder.exists():
@@ -160,13 +160,6 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what a kill has left half-written or half-removed."""
     for rest in folder.glob("tmp_*"):
         shutil.rmtree(rest, ignore_errors=True)
-
-
-def set_aside(checkpoint: Path) -> None:
-    """Keep a damaged checkpoint under a name that says so."""
-    damaged = checkpoint.with_name(f"damaged_{checkpoint.name}")
-    shutil.rmtree(damaged, ignore_errors=True)
-    checkpoint.rename(damaged)
 
 
 def append_whole(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Seconds and peak memory of the phases of a step.
 
-Memory is what this process holds at the most: on CUDA the allocator's, of its device, otherwise the resident set, which
-Linux alone tells (and not in every container); elsewhere there is none. Not a profiler. Nothing to run.
+On CUDA memory is what the allocator holds of this process's device, otherwise the resident set. Only Linux tells the
+peak of the latter, and not in every container; where nothing tells it, no memory is reported.
 """
 
 import time
@@ -38,9 +38,7 @@ def _status_bytes(field: str) -> int:
 
 
 class Clock:
-    """Seconds and peak GiB of each phase of a step; `phase` is told of each, and when it is over.
-
-    Phases may stand within others, which count what they contain.
+    """Seconds and peak GiB of each phase of a step, counting the phases within it; `phase` is told of each.
 
     >>> clock = Clock()
     >>> with clock("update"):
@@ -50,13 +48,14 @@ class Clock:
     """
 
     def __init__(self, phase: Callable[[str], AbstractContextManager] = nullcontext):
-        self.phase, self.seconds, self.gib = phase, defaultdict(float), {}
-        self._open: list[int] = []  # peaks of the phases that are not over, up to where the last one within began
+        self.phase, self.seconds, self.gib = phase, defaultdict(float), defaultdict(float)
+        self._open: list[str] = []  # phases that are not over
         self._knows_memory = restart_peak() is not None
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        self._enter()
+        self._note_peak()
+        self._open.append(phase)
         start = time.perf_counter()
         try:
             with self.phase(phase):
@@ -65,23 +64,18 @@ class Clock:
                 torch.cuda.synchronize()
         finally:  # a video that cannot be read ends a phase, too
             self.seconds[f"time/{phase}"] += time.perf_counter() - start
-            self._leave(f"memory/{phase}")
+            self._note_peak()
+            self._open.pop()
 
-    def _enter(self) -> None:
+    def _note_peak(self) -> None:
+        """The peak since the last call belongs to every open phase."""
         if self._knows_memory:
-            if self._open:
-                self._open[-1] = max(self._open[-1], peak_bytes())
-            self._open.append(restart_peak())
-
-    def _leave(self, name: str) -> None:
-        if self._knows_memory:
-            peak = max(self._open.pop(), peak_bytes())
-            self.gib[name] = max(self.gib.get(name, 0.0), peak / GIB)
-            if self._open:
-                self._open[-1] = max(self._open[-1], peak)
+            for phase in self._open:
+                self.gib[f"memory/{phase}"] = max(self.gib[f"memory/{phase}"], peak_bytes() / GIB)
+            restart_peak()
 
     def read(self) -> dict[str, float]:
         """`time/<phase>` in seconds and `memory/<phase>` in GiB since the last call, and start again."""
-        found = dict(self.seconds) | self.gib
-        self.seconds, self.gib = defaultdict(float), {}
+        found = dict(self.seconds | self.gib)
+        self.seconds, self.gib = defaultdict(float), defaultdict(float)
         return found

@@ -1,8 +1,7 @@
 """The processes of a run and the engine they train with: collectives, sharded weights, backward, optimizer step.
 
-Not a trainer: it holds no loop and knows no model. One process, DDP and DeepSpeed ZeRO give the same gradients.
-Under ZeRO-3 a process holds a share of every weight, and each call of a layer is a collective: all processes must make
-the same calls, outside of `whole_weights`.
+One process, DDP and DeepSpeed ZeRO give the same gradients. Under ZeRO-3 a process holds a share of every weight, and
+each call of a layer is a collective: outside of `whole_weights` all processes must make the same calls.
 """
 
 import copy
@@ -13,7 +12,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,14 +40,6 @@ def use_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
-def _keep_deepspeed_on_gloo() -> None:
-    """Its own collectives for CPUs are compiled at the first start, and wait in a busy loop, for a dead process too."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def check_engine(cfg) -> None:
     """Raises ValueError for what the engine at hand does not train as it should. `cfg`: a configuration of training."""
     if cfg.model.dtype == "bfloat16" and not cfg.model.lora_rank and not use_deepspeed():  # a step of 1e-6 is rounded
@@ -63,9 +54,8 @@ def check_engine(cfg) -> None:
 def check_devices() -> None:
     """Raises ValueError where a launch file for GPUs starts more processes on this machine than it has GPUs.
 
-    accelerate lets them all train on the CPU where there is no GPU at all. A file for CPUs hides the GPUs by its
-    gpu_ids, as those of configs/accelerate/ do. Only the machine's first process says it, and the others just end: a
-    launcher stops all at the first one that fails.
+    A file for CPUs hides the GPUs by its gpu_ids, as those of configs/accelerate/ do. Only the machine's first process
+    raises, and the others just end, because a launcher stops all at the first one that fails.
     """
     hidden = set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(" ", "").split(",")) <= {"", "-1"}
     hidden = hidden or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
@@ -88,17 +78,20 @@ def check_batch(size: int, world_size: int) -> None:
 
 
 class Engine:
-    """All processes of a run; everything here but the properties and `phase` must be called by each of them.
+    """All processes of a run; each of them must call every method here. Only `phase` and `unwrap` are its own.
 
-    One that waits for the others for more than `timeout_s` ends, and says for whom, see runtime/watchdog.py; in
-    `wait_for_work` it waits for those that give signs of life.
+    A process that waits for others for more than `timeout_s` ends and names them. In `wait_for_work` those who give
+    signs of life may take longer. See runtime/watchdog.py.
     """
 
     def __init__(self, dir: str | Path, tracker: str, timeout_s: float):
         check_devices()
         on_cpu = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()
-        if on_cpu and use_deepspeed():
-            _keep_deepspeed_on_gloo()
+        if on_cpu and use_deepspeed():  # DeepSpeed's own collectives for CPUs wait in a busy loop, for the dead too
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            import deepspeed
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.accelerator = Accelerator(
             cpu=on_cpu and not use_deepspeed(),
             log_with=None if tracker == "none" else tracker,
@@ -109,73 +102,47 @@ class Engine:
         )
         if self.accelerator.mixed_precision != "no":
             raise ValueError("mixed_precision in the accelerate file must be 'no': model.dtype says the precision")
+        self._plugin = self.accelerator.state.deepspeed_plugin if use_deepspeed() else None
         steps = {self.accelerator.gradient_accumulation_steps}
-        if use_deepspeed():  # those of a DeepSpeed JSON are known to the plugin alone
-            steps.add(self.accelerator.state.deepspeed_plugin.deepspeed_config.get("gradient_accumulation_steps", 1))
+        if self._plugin:  # it alone knows those of a DeepSpeed JSON
+            steps.add(self._plugin.deepspeed_config.get("gradient_accumulation_steps", 1))
         if steps - {1, "auto"}:
             raise ValueError("gradient_accumulation_steps in the accelerate file must be 1: it would divide the loss")
-        if use_deepspeed() and self.accelerator.state.deepspeed_plugin.zero3_init_flag:
+        if self._plugin and self._plugin.zero3_init_flag:
             raise ValueError("zero3_init_flag in the accelerate file must be false: weights are sharded once loaded")
-        if use_deepspeed():  # else transformers loads sharded weights under ZeRO-3, for evaluation too
-            self.accelerator.state.deepspeed_plugin.dschf = None
+        if self._plugin:  # else transformers loads sharded weights under ZeRO-3, for evaluation too
+            self._plugin.dschf = None
+        # how weights and optimizer are cut up among the processes: "none", "zero2" or "zero3"
+        self.sharding = f"zero{self._plugin.zero_stage}" if self._plugin else "none"
         self._sharded = None  # DeepSpeed's engine of the trained model, under ZeRO-3
+        self.is_main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.watchdog = Watchdog(self.rank, self.world_size, timeout_s)
+        self.phase, self.wait_for_work = self.watchdog.phase, self.watchdog.wait_for_work
+        self.unwrap = self.accelerator.unwrap_model
         self.skipped_in_a_row = 0  # updates whose gradient was not finite, up to now
         self.not_finite: list[str] = []  # what was not, in the last of them
         self.first_norm = 0.0  # gradient norm of this process's first update that had one: finite and above 0
         self.accelerator.register_save_state_pre_hook(_without_wrapper)
         self.accelerator.register_load_state_pre_hook(self._unwrap_all)
 
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def world_size(self) -> int:
-        return self.accelerator.num_processes
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    def phase(self, name: str) -> AbstractContextManager:
-        """What this process does within the block, as another one's message about it says."""
-        return self.watchdog.phase(name)
-
-    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        return self.accelerator.unwrap_model(model)
-
     def wait(self) -> None:
         with self.watchdog.meeting():
             self.accelerator.wait_for_everyone()
 
-    def wait_for_work(self) -> None:
-        """Until all processes have come, see runtime/watchdog.py: who gives signs of life may take longer than
-        `timeout_s`."""
-        self.watchdog.wait_for_work()
-
-    def broadcast(self, value):
-        """The object of the main process, on all."""
-        box = [value]
-        with self.watchdog.meeting():
-            broadcast_object_list(box)
-        return box[0]
-
-    def raise_together(self, action: Callable[[], None]) -> None:
-        """Run `action` on the main process; what it raises is raised on all."""
-        error = None
+    def raise_together(self, action: Callable):
+        """Run `action` on the main process; what it returns or raises is returned or raised on all."""
+        outcome = [None, None]
         if self.is_main:
             try:
-                action()
-            except (ValueError, OSError) as caught:
-                error = caught
-        error = self.broadcast(error)
+                outcome[0] = action()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        with self.watchdog.meeting():
+            found, error = broadcast_object_list(outcome)
         if error is not None:
             raise error
+        return found
 
     def try_together(self, action: Callable[[], None], on_main: bool = False) -> list[str]:
         """Run `action` on every process or the main one; returns, on all, what could not be written."""
@@ -202,15 +169,10 @@ class Engine:
     def maximum(self, value: float) -> float:
         return self.gather(torch.tensor([value], dtype=torch.float64)).max().item()
 
-    @property
-    def sharding(self) -> str:
-        """How weights and optimizer are cut up among the processes: "none", "zero2" or "zero3"."""
-        return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}" if use_deepspeed() else "none"
-
     def prepare(self, model, optimizer, grad_clip: float):
         """Model and optimizer for the engine at hand."""
-        if use_deepspeed():  # it clips within its own step, and wants a batch size though no loader is prepared
-            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        if self._plugin:  # it clips within its own step, and wants a batch size though no loader is prepared
+            settings = self._plugin.deepspeed_config
             settings |= {"gradient_clipping": grad_clip, "train_micro_batch_size_per_gpu": 1}
             is_bfloat16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
             # the sum over micro-batches stays float32
@@ -235,11 +197,10 @@ class Engine:
 
     @contextmanager
     def whole_weights(self, gather: bool = True) -> Iterator[bool]:
-        """A context in which every process holds the trained model whole and may call it as often as it likes.
+        """Gather ZeRO-3's weights, unless `gather` is False, so that every process may call the model at will.
 
-        ZeRO-3's weights are gathered once. Its hooks are off meanwhile: they would shard each layer again after its
-        first call, and gather it anew for every token. With `gather` False they stay as they are. Yields whether the
-        weights are whole; else all processes must make the same calls.
+        Its hooks are off meanwhile: they would shard each layer after its first call, and gather it for every token.
+        Yields whether the weights are whole. If they are not, all processes must make the same calls.
         """
         if self._sharded is None or not gather:
             yield self._sharded is None
@@ -272,10 +233,9 @@ class Engine:
         return [*micro_batches, *micro_batches[:1] * (num - len(micro_batches))]
 
     def backward(self, model, micro_batches: Sequence, loss_of: Callable) -> None:
-        """Gradients of the sum of `loss_of(micro_batch)`; each is already divided by the step's denominator.
+        """Gradients of the sum, over all processes, of `loss_of(micro_batch)`; what `evened` repeats has weight 0.
 
-        What `evened` repeats has weight 0. Engines average over processes; we want the sum. A loss that is not finite
-        makes the gradient so, on all processes.
+        A loss that is not finite makes the gradient so, on all processes.
         """
         passes = self.evened(micro_batches)
         self._losses = []
@@ -287,7 +247,8 @@ class Engine:
                 loss = loss_of(micro_batch)
                 self._losses.append(loss.detach())
                 spread = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-                self.accelerator.backward(loss * spread * (self.world_size if i < len(micro_batches) else 0.0))
+                weight = self.world_size if i < len(micro_batches) else 0.0  # engines average over the processes
+                self.accelerator.backward(loss * spread * weight)
 
     def step(self, model, optimizer, grad_clip: float) -> float:
         """Clip, step and clear; returns the gradient norm before clipping, the same on all processes.
@@ -297,25 +258,26 @@ class Engine:
         with self.watchdog.meeting():
             norm = self.accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip)
             norm = float(norm if norm is not None else model.get_global_grad_norm())
-        if math.isfinite(norm) or use_deepspeed():  # DeepSpeed has stepped, or not, by itself
+        is_finite = math.isfinite(norm)
+        if is_finite or self._plugin:  # DeepSpeed has stepped, or not, by itself
             optimizer.step()
-        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row:
+        if is_finite:
+            self.skipped_in_a_row = 0
+            self.first_norm = self.first_norm or norm
+        else:
+            self.skipped_in_a_row += 1
             self.not_finite = self._name_not_finite(model)
-        if self.skipped_in_a_row and self.is_main:
-            print(f"WARNING: the gradient's norm is {norm}; this update is skipped", file=sys.stderr)
-        if not self.first_norm and math.isfinite(norm):
-            self.first_norm = norm
+            if self.is_main:
+                print(f"WARNING: the gradient's norm is {norm}; this update is skipped", file=sys.stderr)
         optimizer.zero_grad()
         return norm
 
     def _name_not_finite(self, model) -> list[str]:
         """Losses and gradients of this process; DeepSpeed has cleared its gradients by now."""
-        where = f"rank {self.rank}: "
-        losses = [f"{where}loss {loss.item()} in pass {i}" for i, loss in enumerate(self._losses)]
+        found = [f"loss {loss.item()} in pass {i}" for i, loss in enumerate(self._losses) if not loss.isfinite()]
         grads = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-        named = [f"{where}gradient of {name}" for name, grad in grads if not grad.isfinite().all()]
-        return [text for text, loss in zip(losses, self._losses) if not loss.isfinite()] + named
+        found += [f"gradient of {name}" for name, grad in grads if not grad.isfinite().all()]
+        return [f"rank {self.rank}: {text}" for text in found]
 
     def save_state(self, folder: Path) -> None:
         """Weights, optimizer and random states into a folder, on the disk. Raises what could not be written."""
@@ -349,6 +311,5 @@ class Engine:
 
 def _without_wrapper(_, weights: list[dict], __) -> None:
     """Names without DDP's prefix: a checkpoint of whole weights goes on with any number of processes."""
-    weights[:] = [
-        OrderedDict((name.removeprefix("module."), value) for name, value in part.items()) for part in weights
-    ]
+    for i, part in enumerate(weights):  # accelerate looks for shared weights in an OrderedDict alone
+        weights[i] = OrderedDict((name.removeprefix("module."), value) for name, value in part.items())

@@ -1,27 +1,17 @@
-"""What a number needs beside it to be trusted: versions, commit and uncommitted changes, devices. Nothing to run."""
+"""What a number needs beside it to be trusted: versions, commit and uncommitted changes, devices."""
 
 import hashlib
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 REPO = Path(__file__).resolve().parents[1]
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "deepspeed",
-    "decord2",
-    "decord",
-    "av",
-    "numpy",
-    "tokenizers",
-)
+PACKAGES = "torch transformers accelerate peft deepspeed decord2 decord av numpy tokenizers"
 
 
 def code_hash() -> str:
@@ -36,13 +26,11 @@ def code_hash() -> str:
 
 
 def environment() -> dict:
-    """Versions, commit and uncommitted changes, devices: what a number needs beside it to be trusted."""
+    """What env.json holds: the command, versions, devices, commit and uncommitted changes."""
     packages = {}
-    for name in PACKAGES:
-        try:
+    for name in PACKAGES.split():
+        with suppress(PackageNotFoundError):
             packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
     packages["torch"] = torch.__version__  # with its build, as in 2.13.0+cpu
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {

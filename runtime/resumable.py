@@ -1,14 +1,10 @@
-"""Work on a data set that is done batch by batch and may be stopped anywhere: what is done, and what is left.
-
-For evaluation and selection, whose rows depend on nothing but their own batch. Nothing to run.
-"""
+"""What is done and what is left of evaluation and selection, whose rows depend on nothing but their own batch."""
 
 import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from records import jsonl
 from records.record import Sample
@@ -23,11 +19,10 @@ def cut(samples: Sequence[Sample], batch_size: int) -> list[Sequence[Sample]]:
 class DoneBatches:
     """The batches that are done, in `<name>.<rank>.jsonl` of the run folder: one line a batch.
 
-    Batches are cut from the whole data and known by their number, so that a run that was killed goes on with the same
-    ones, on any number of processes. A line that was being written is cut off: its batch is done again, whole. So is a
-    batch with a video that could not be read (a row with an `error`): it may be there now. `by` is what makes the
-    rows, weights and code; lines that others made are an error, as are rows that do not begin with their sample's
-    `head`. `todo` is what is left, the same on all processes.
+    Batches are known by their number in the whole data, so that a run that was killed goes on with the same ones, on
+    any number of processes. A line that was being written is cut off and its batch done again. So is a batch with a
+    video that could not be read (a row with an `error`). `by` names the weights and code that make the rows. Lines by
+    others are an error, as are rows without their sample's `head`. `todo` is what is left, the same on all processes.
     """
 
     def __init__(
@@ -35,21 +30,16 @@ class DoneBatches:
         run: Run,
         name: str,
         batches: Sequence[Sequence[Sample]],
-        head: Callable[[Sample], dict[str, Any]],
+        head: Callable[[Sample], dict],
         by: dict[str, str],
     ):
         self.run, self.name, self.batches, self.head, self.by = run, name, batches, head, by
         self.path = run.dir / f"{name}.{run.engine.rank}.jsonl"
         self.rows: dict[int, list[dict]] = {}  # on the main process those of earlier starts too
-        run.engine.raise_together(self._read)
-        self.todo = sorted(set(range(len(batches))) - set(run.engine.broadcast(sorted(self.rows))))
+        self.todo = sorted(set(range(len(batches))) - run.engine.raise_together(self._read))
+        self.mine = self.todo[run.engine.rank :: run.engine.world_size]  # this process's share
 
-    @property
-    def mine(self) -> list[int]:
-        """This process's share of what is left."""
-        return self.todo[self.run.engine.rank :: self.run.engine.world_size]
-
-    def _read(self) -> None:
+    def _read(self) -> set[int]:
         for path in lines_files(self.run, self.name):
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
             for number, content in jsonl.read(path):
@@ -58,6 +48,7 @@ class DoneBatches:
                 except (ValueError, TypeError, LookupError, AttributeError) as error:
                     reason = str(error) if type(error) is ValueError else f"not a line of {self.name} ({error!r})"
                     raise ValueError(f"{path}:{number}: {reason}") from None
+        return set(self.rows)
 
     def _take(self, content: dict) -> None:
         for key, value in self.by.items():
@@ -73,8 +64,7 @@ class DoneBatches:
     def add(self, number: int, rows: list[dict]) -> None:
         self.rows[number] = rows
         with open(self.path, "a", encoding="utf-8") as file:
-            content = {"batch": number, "by": self.by, "rows": rows}
-            file.write(jsonl.text_of([content]))
+            file.write(jsonl.text_of([{"batch": number, "by": self.by, "rows": rows}]))
 
     def gather(self) -> list[dict]:
         """The rows of all batches of all processes, in the order of the data; the last one to be done is waited for."""

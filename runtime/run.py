@@ -1,8 +1,7 @@
 """A run and its folder: seeds, environment, metrics, samples, checkpoints, resume.
 
-Not a trainer: it holds no loop and knows no model. The folder has config.yaml and env.json (written first),
-metrics.jsonl (one row per step, the truth; trackers mirror it), samples.jsonl, bad_samples.jsonl where there were
-such, checkpoints/, best/ and final/.
+The folder has config.yaml and env.json (written first), metrics.jsonl (one row per step, which trackers mirror),
+samples.jsonl, bad_samples.jsonl where a sample could not be read, checkpoints/, best/ and final/.
 """
 
 import fcntl
@@ -21,30 +20,18 @@ from tqdm import tqdm
 
 from config import flat
 from records import jsonl
-from runtime.checkpoint import (
-    append_whole,
-    cut_back,
-    make_empty,
-    newest_whole,
-    put_in_place,
-    remove_old,
-    remove_unfinished,
-    set_aside,
-    sync,
-    write_list,
-    write_text,
-)
+from runtime import checkpoint
 from runtime.engine import Engine
 from runtime.environment import environment
-from runtime.signals import StopRequest, command, handled, is_launched
+from runtime.signals import StopRequest, command, die_of, handled, is_launched
 
 UNUSED = {"config.yaml", "env.json", "config.yaml.tmp", "env.json.tmp", "logs", "lock", "report.html"}  # without a step
 UNUSED |= {"reward_error.txt"}  # a function that failed in the first step is mended, and the command given again
 ROWS = ("metrics.jsonl", "samples.jsonl", "bad_samples.jsonl")  # cut back to the checkpoint by a resume
-MAY_CHANGE = {"data.workers", "data.decode_timeout", "data.max_bad_share"}  # from one start to the next
-MAY_CHANGE |= {"data.cache_dir", "data.cache_gib"}
-MAY_CHANGE |= {"run.steps", "run.save_every", "run.keep_checkpoints", "run.print_every"}
-MAY_CHANGE |= {"run.max_skipped", "run.max_first_grad_norm", "run.timeout", "run.self_check"}
+# keys that may change from one start to the next
+MAY_CHANGE = {f"data.{name}" for name in ("workers", "decode_timeout", "max_bad_share", "cache_dir", "cache_gib")}
+MAY_CHANGE |= {f"run.{name}" for name in ("steps", "save_every", "keep_checkpoints", "print_every", "timeout")}
+MAY_CHANGE |= {"run.max_skipped", "run.max_first_grad_norm", "run.self_check"}
 
 
 class Run:
@@ -59,12 +46,9 @@ class Run:
         self._lock_file = None  # on the main process, until the end
         self._failed: OSError | None = None  # of the main process, to append a row
         self.engine = Engine(cfg.dir, tracker, cfg.timeout)
-        self.checkpoint: Path | None = None
-        self.start_step, self.state = 0, {}
-        self.engine.raise_together(lambda: self._open(config_yaml, resume))
-        self.checkpoint, self.start_step, self.state = self.engine.broadcast(
-            (self.checkpoint, self.start_step, self.state)
-        )
+        self.is_main = self.engine.is_main
+        found = self.engine.raise_together(lambda: self._open(config_yaml, resume))
+        self.checkpoint, self.start_step, self.state = found or (None, 0, {})
         self.saved_step = self.start_step
         self.stopped = False  # by a signal, before the last step
         self._stop_request = StopRequest(tell=self.is_main)
@@ -74,15 +58,6 @@ class Run:
             settings = flat(yaml.safe_load(config_yaml))  # trackers take numbers and texts
             settings = {key: v if isinstance(v, bool | int | float) else str(v) for key, v in settings.items()}
             self.engine.accelerator.init_trackers("logs", settings)
-
-    @property
-    def is_main(self) -> bool:
-        return self.engine.is_main
-
-    def caution(self, texts: Sequence[str]) -> None:
-        """Warn of what the configuration asks for, once for all processes."""
-        for text in texts if self.is_main else ():
-            warn(text)
 
     def _lock(self) -> None:
         """Hold the folder while this process lives: two runs in one would mix their rows."""
@@ -95,62 +70,59 @@ class Run:
         except OSError as error:
             raise ValueError(f"run.dir {self.dir} cannot be written and locked: {error.strerror}") from None
 
-    def _open(self, config_yaml: str, resume: bool) -> None:
-        is_there = (self.dir / "config.yaml").is_file()
-        is_used = self.dir.is_dir() and bool({path.name for path in self.dir.iterdir()} - UNUSED)
+    def _open(self, config_yaml: str, resume: bool) -> tuple[Path, int, dict] | None:
+        """Make the folder, or go back to its newest checkpoint; returns that, its step and its state."""
+        path = self.dir / "config.yaml"
+        is_there = path.is_file()
+        is_used = self.dir.is_dir() and bool({entry.name for entry in self.dir.iterdir()} - UNUSED)
         if resume and self.has_checkpoints and not is_there and (is_used or not self.dir.is_dir()):
-            raise FileNotFoundError(f"--resume: {self.dir / 'config.yaml'} not found")
+            raise FileNotFoundError(f"--resume: {path} not found")
         resume = resume and is_there  # else it was stopped before it began
         if not resume and is_used:
             raise FileExistsError(f"run.dir {self.dir} exists; give --resume to go on, or another run.dir")
         self._lock()
         if not resume:
-            write_text(self.dir / "env.json", json.dumps(environment(), indent=2) + "\n")
-            write_text(self.dir / "config.yaml", config_yaml)
-            return
-        self._check_same_config(config_yaml)
-        if self.has_checkpoints:
-            self._find_checkpoint()
-
-    def _check_same_config(self, config_yaml: str) -> None:
-        path = self.dir / "config.yaml"
+            checkpoint.write_text(self.dir / "env.json", json.dumps(environment(), indent=2) + "\n")
+            checkpoint.write_text(path, config_yaml)
+            return None
         differences = config_differences(path, config_yaml)
         differing = [text for key, text in differences.items() if key not in MAY_CHANGE]
         if differing:
             raise ValueError(f"--resume: {path} differs in {', '.join(differing)}")
-        write_text(path, config_yaml)
+        checkpoint.write_text(path, config_yaml)
+        return self._find_checkpoint() if self.has_checkpoints else None
 
-    def _find_checkpoint(self) -> None:
+    def _find_checkpoint(self) -> tuple[Path | None, int, dict]:
         """Go back to the newest checkpoint that is whole, or to the beginning where none was ever complete."""
-        folder = self.dir / "checkpoints"
-        self.checkpoint, damaged = newest_whole(folder)
-        if damaged and self.checkpoint is None:
+        folder, saved = self.dir / "checkpoints", {"step": 0, "state": {}}
+        newest, damaged = checkpoint.newest_whole(folder)
+        if damaged and newest is None:
             listed = "; ".join(f"{path}, {how}" for path, how in damaged.items())
             raise ValueError(f"--resume: no checkpoint is whole: {listed}")
-        if self.checkpoint is None:
+        if newest is None:
             print(f"{self.dir} has no complete checkpoint yet: starting at step 0")
         else:
-            saved = json.loads((self.checkpoint / "run.json").read_text())
-            self._check_same_engine(saved["num_processes"], saved["sharding"])
-            self.start_step, self.state = saved["step"], saved["state"]
+            saved = json.loads((newest / "run.json").read_text())
+            self._check_same_engine(newest, saved["num_processes"], saved["sharding"])
         for path, how in damaged.items():
-            warn(f"{path} is damaged ({how}); going on from {self.checkpoint.name}")
-            set_aside(path)
+            warn(f"{path} is damaged ({how}); going on from {newest.name}")
+            checkpoint.put_in_place(path, path.with_name(f"damaged_{path.name}"))
         for place in (self.dir, folder):
-            remove_unfinished(place)
+            checkpoint.remove_unfinished(place)
         for name in ROWS:
-            cut_back(self.dir / name, self.start_step)
+            checkpoint.cut_back(self.dir / name, saved["step"])
+        return newest, saved["step"], saved["state"]
 
-    def _check_same_engine(self, num_processes: int, sharding: str) -> None:
+    def _check_same_engine(self, newest: Path, num_processes: int, sharding: str) -> None:
         """Whole weights go on with any number of processes, those that are cut up with as many as they were cut for."""
         here = self.engine
         if sharding != here.sharding or (sharding != "none" and num_processes != here.world_size):
             raise ValueError(
-                f"--resume: {self.checkpoint} differs in sharding ({sharding} there, {here.sharding} now) or number of "
+                f"--resume: {newest} differs in sharding ({sharding} there, {here.sharding} now) or number of "
                 f"processes ({num_processes} there, {here.world_size} now)"
             )
         if num_processes != here.world_size:
-            print(f"going on with {here.world_size} processes, {self.checkpoint} is of {num_processes}")
+            print(f"going on with {here.world_size} processes, {newest} is of {num_processes}")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one row to metrics.jsonl and hand it to the tracker, without what is not finite: JSON has no NaN."""
@@ -175,7 +147,7 @@ class Run:
 
     def append(self, name: str, rows: Sequence[dict]) -> None:
         """Append rows to a .jsonl of the folder, which a resume cuts back by their `step`. Main process only acts."""
-        self._try_to_write(lambda: append_whole(self.dir / name, jsonl.text_of(rows)))
+        self._try_to_write(lambda: checkpoint.append_whole(self.dir / name, jsonl.text_of(rows)))
 
     def _try_to_write(self, action: Callable[[], None]) -> None:
         """On the main process; once that has failed (a full disk), no more is tried, and `save_due` ends the run."""
@@ -210,19 +182,13 @@ class Run:
             if self.stopped:
                 return
 
-    @property
-    def stop_signal(self) -> int | None:
-        """The signal that stopped the run and that this process is to die of; None where it ends by itself.
-
-        Under torch's launcher it does: the launcher got the signal too, or would take the death for a failure.
-        """
-        return self._stop_request.number if self.stopped and not is_launched() else None
+    def die_if_stopped(self) -> None:
+        """Die of the signal that stopped the run, unless torch's launcher is there, which would report a failure."""
+        if self.stopped and self._stop_request.number is not None and not is_launched():
+            die_of(self._stop_request.number)
 
     def check_finite(self, step: int, rows: Sequence[dict]) -> None:
-        """End the run where too many updates in a row were skipped, or where the gradient of the first one was huge.
-
-        `rows` are this process's part of the batch.
-        """
+        """End the run after too many skipped updates or a huge first gradient; `rows` are this process's batch."""
         norm, limit = self.engine.first_norm, self.cfg.max_first_grad_norm
         if limit and norm > limit:
             self._end(
@@ -235,17 +201,18 @@ class Run:
             return
         path, found = self.dir / "not_finite.json", self.engine.gather_rows(self.engine.not_finite)
         content = {"step": step, "not_finite": found, "batch": self.engine.gather_rows(rows)}
-        self.engine.raise_together(lambda: write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        self.engine.raise_together(lambda: checkpoint.write_text(path, text))
         num = self.engine.skipped_in_a_row
         self._end(f"error: {num} updates in a row had no finite gradient (run.max_skipped); the batch is in {path}")
 
     def save_due(self, step: int) -> bool:
         """Whether to save a checkpoint after `step` steps: every so often, at the end, and before a stop.
 
-        All processes agree here: on a signal that one of them got, and on ending where a row could not be written.
+        All processes agree here on a signal that one of them got. Here the run ends if a row could not be written.
         """
-        asked = {"stop": float(self._stop_request.received), "failed": float(self._failed is not None)}
-        asked = self.engine.sums(asked)
+        stop, failed = self._stop_request.number is not None, self._failed is not None
+        asked = self.engine.sums({"stop": float(stop), "failed": float(failed)})
         if asked["failed"]:
             self._end(f"error: {self._failed}; --resume goes on from step {self.saved_step}")
         self.stopped = bool(asked["stop"]) and step < self.cfg.steps
@@ -258,25 +225,26 @@ class Run:
         """
         folder = self.dir / "checkpoints" / f"step_{step:06d}"
         aside, engine = folder.with_name(f"tmp_{folder.name}"), self.engine
+
+        def complete() -> None:
+            saved = {"step": step, "state": state | {"skipped_in_a_row": engine.skipped_in_a_row}}
+            saved |= {"num_processes": engine.world_size, "sharding": engine.sharding}
+            (aside / "run.json").write_text(json.dumps(saved))
+            checkpoint.write_list(aside)
+            for path in [self.dir / name for name in ROWS if (self.dir / name).is_file()]:
+                checkpoint.sync(path)  # no rows may be missing that this checkpoint counts on
+            checkpoint.put_in_place(aside, folder)
+
         with engine.phase("save"):
-            errors = engine.try_together(lambda: make_empty(aside), on_main=True)
+            errors = engine.try_together(lambda: checkpoint.make_empty(aside), on_main=True)
             errors = errors or engine.try_together(lambda: engine.save_state(aside))
-            errors = errors or engine.try_together(lambda: self._complete(aside, folder, step, state), on_main=True)
+            errors = errors or engine.try_together(complete, on_main=True)
         self.saved_step = self.saved_step if errors else step
         if self.is_main and errors:
             shutil.rmtree(aside, ignore_errors=True)
             warn(f"no checkpoint of step {step}, the newest is of step {self.saved_step}: {'; '.join(errors)}")
         elif self.is_main:
-            remove_old(folder.parent, self.cfg.keep_checkpoints)
-
-    def _complete(self, aside: Path, folder: Path, step: int, state: dict) -> None:
-        state = state | {"skipped_in_a_row": self.engine.skipped_in_a_row}
-        engine = {"num_processes": self.engine.world_size, "sharding": self.engine.sharding}
-        (aside / "run.json").write_text(json.dumps({"step": step, "state": state} | engine))
-        write_list(aside)
-        for path in [self.dir / name for name in ROWS if (self.dir / name).is_file()]:
-            sync(path)  # no rows may be missing that this checkpoint counts on
-        put_in_place(aside, folder)
+            checkpoint.remove_old(folder.parent, self.cfg.keep_checkpoints)
 
     def write_folder(self, name: str, write: Callable[[Path, dict | None], None]) -> bool:
         """Have `write(folder, weights)`, on the main process, fill a folder aside, and rename it; False if that failed.
@@ -286,9 +254,9 @@ class Run:
         aside, weights = self.dir / f"tmp_{name}", self.engine.gathered_weights()
 
         def fill() -> None:
-            make_empty(aside)
+            checkpoint.make_empty(aside)
             write(aside, weights)
-            put_in_place(aside, self.dir / name)
+            checkpoint.put_in_place(aside, self.dir / name)
 
         errors = self.engine.try_together(fill, on_main=True)
         if errors and self.is_main:

@@ -20,7 +20,7 @@ LAUNCHER_GRACE_S = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # of torch's launcher: so l
 
 @contextmanager
 def handled(handler: Callable[[int], None]) -> Iterator[None]:
-    """Calls `handler(number)` at SIGTERM and SIGINT; but for the main thread, where alone that is possible, nothing."""
+    """Calls `handler(number)` at SIGTERM and SIGINT. Python allows that in the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,26 +66,20 @@ class StopRequest:
     """A signal that asks a training run to stop; once more, and the process ends at once."""
 
     def __init__(self, tell: bool):
-        self.tell = tell
-        self.first_s: float | None = None  # when it came
-        self.number: int | None = None  # and which
-
-    @property
-    def received(self) -> bool:
-        return self.first_s is not None
+        self.tell, self.came_s = tell, 0.0
+        self.number: int | None = None  # of the first signal; None while there was none
 
     def __call__(self, number: int) -> None:
-        now, name = time.monotonic(), signal.Signals(number).name
-        if self.first_s is None:
-            self.first_s, self.number = now, number
-            grace = f"; the launcher waits {os.environ.get(LAUNCHER_GRACE_S, 30)} s ({LAUNCHER_GRACE_S})"
-            if self.tell:
-                print(
-                    f"\n{name}: stopping after this step, with a checkpoint{grace if is_launched() else ''}",
-                    file=sys.stderr,
-                )
-        elif now - self.first_s > ECHO_S:
-            die_of(number)
+        if self.number is not None:
+            if time.monotonic() - self.came_s > ECHO_S:
+                die_of(number)
+            return
+        self.number, self.came_s = number, time.monotonic()
+        if self.tell:
+            seconds = os.environ.get(LAUNCHER_GRACE_S, 30)
+            grace = f"; the launcher waits {seconds} s ({LAUNCHER_GRACE_S})" if is_launched() else ""
+            name = signal.Signals(number).name
+            print(f"\n{name}: stopping after this step, with a checkpoint{grace}", file=sys.stderr)
 
 
 def is_launched() -> bool:
@@ -101,4 +95,4 @@ def command(flag: str = "") -> str:
             words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
         except OSError:  # not Linux
             words = ["accelerate", "launch", "...", *sys.argv]
-    return shlex.join([*words, *([flag] if flag and flag not in words else [])])
+    return shlex.join([*words, flag] if flag and flag not in words else words)

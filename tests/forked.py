@@ -24,7 +24,7 @@ import torch
 from accelerate.commands import launch
 
 import train_grpo
-from runtime.engine import Engine
+from runtime.watchdog import Watchdog
 
 REPO = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")
@@ -145,18 +145,18 @@ def _main(arguments, log, fault, setup, environment, phases) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    phase = Engine.phase
+    phase = Watchdog.phase
 
     @contextmanager
-    def told_phase(engine: Engine, name: str):
-        with phase(engine, name):
-            place = engine.watchdog.step, name
+    def told_phase(watchdog: Watchdog, name: str):
+        with phase(watchdog, name):
+            place = watchdog.step, name
             phases.send(place)
             if fault is not None and place == (fault.step, fault.phase):
                 fault.strike()
             yield
 
-    Engine.phase = told_phase
+    Watchdog.phase = told_phase
     if setup is not None:
         setup()
     sys.argv = sys.orig_argv = ["train_grpo.py", *arguments]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from small_runs import YAML, open_run, prepared, take_step
 
-from runtime import engine
-from runtime import run as run_module
+from runtime import checkpoint, engine
 from runtime.checkpoint import write_list
 from runtime.environment import code_hash, environment
 
@@ -151,7 +150,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_no_older_one(tmp_path, monkey
     def no_space(*_, **__):
         raise full
 
-    for module, name in ((engine.Engine, "save_state"), (run_module, "write_list"), (run_module, "put_in_place")):
+    for module, name in ((engine.Engine, "save_state"), (checkpoint, "write_list"), (checkpoint, "put_in_place")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, no_space)
             run.save_checkpoint(2, {})
@@ -246,7 +245,7 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path, capsys):
 
 def test_a_stop_without_a_checkpoint_is_an_error(tmp_path, monkeypatch):
     run = open_run(tmp_path / "a")
-    monkeypatch.setattr(run_module, "make_empty", lambda folder: folder.touch())  # there is no such folder
+    monkeypatch.setattr(checkpoint, "make_empty", lambda folder: folder.touch())  # there is no such folder
     with run.stoppable():
         for step in run.steps("test"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -261,7 +260,7 @@ def test_rows_that_cannot_be_written_end_the_run(tmp_path, monkeypatch):
     run = open_run(tmp_path / "a")
     run.log(1, {"loss": 1.0})
     with monkeypatch.context() as patched:
-        patched.setattr(run_module, "append_whole", lambda path, _: path.rename("/nowhere/else"))
+        patched.setattr(checkpoint, "append_whole", lambda path, _: path.rename("/nowhere/else"))
         run.log(2, {"loss": 2.0})
     run.log_samples([{"step": 2, "group": 0}])
     with pytest.raises(SystemExit, match=r"error: .*No such file or directory.*; --resume goes on from step 0"):
