@@ -212,15 +212,6 @@ def annotation_files(given: Sequence[str]) -> list[Path]:
     return paths
 
 
-def write(records: Sequence[dict], report: Report, out: Path) -> Path:
-    """Write both files, each whole or not at all; returns the report's path."""
-    report_path = out.with_suffix(".report.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(report_path, json.dumps(report.content(), indent=1, ensure_ascii=False) + "\n")
-    jsonl.write(out, records)
-    return report_path
-
-
 def run(args: argparse.Namespace) -> None:
     source, out, paths = SOURCES[args.source], Path(args.out), annotation_files(args.annotations)
     beside = {}
@@ -239,7 +230,10 @@ def run(args: argparse.Namespace) -> None:
     if any(out.resolve() == path.resolve() for path in paths):
         raise ValueError(f"--out {out} is one of the annotation files")
     records, report = convert(args.source, paths, beside, repair=not args.no_repair)
-    report_path = write(records, report, out)
+    report_path = out.with_suffix(".report.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(report_path, json.dumps(report.content(), indent=1, ensure_ascii=False) + "\n")
+    jsonl.write(out, records)
     print("\n".join([f"{args.source}: {out}, {report_path}", *report.lines()]))
 
 

@@ -362,7 +362,6 @@ def write_world(out: str | Path, seed: int = 0, size: str = "full", family: str 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and write the world."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="tiny_world", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of clips, records and weights")

@@ -31,8 +31,8 @@ class Result:
     clusters: dict[str | int, str | int]  # by id: what a bootstrap draws together
 
     def percent(self, task: str, metric: str) -> dict[str | int, float]:
-        """A metric of every question, by its id, from 0 to 100."""
-        return {i: 100 * values[metric] for i, values in self.values[task].items()}
+        """A metric of every question that has it, by its id, from 0 to 100."""
+        return {i: 100 * values[metric] for i, values in self.values[task].items() if metric in values}
 
     def metrics(self, task: str) -> list[str]:
         return list(next(iter(self.values[task].values())))

@@ -52,7 +52,9 @@ def _values(row: Row, answer: str) -> dict[str, float]:
     if name not in TASKS:
         raise ValueError(f"key 'task': {name!r} is none of {', '.join(TASKS)}")
     task, (choice, pred) = TASKS[name], _answer_of(row, answer)
-    right = task.has_options and choice == _true_choice(row)
+    if task.has_options and not _is_letter(_get(row, "answer")):
+        raise ValueError(f"key 'answer': {row['answer']!r} is no upper-case option letter")
+    right = task.has_options and choice == row["answer"]
     if not task.has_segments:
         return {"accuracy": float(right), "parse_fail": float(choice is None)}
     truth = _spans(row, "segments")
@@ -61,10 +63,10 @@ def _values(row: Row, answer: str) -> dict[str, float]:
     iou, iop = (max(f(pred[:1], [true]) for true in truth) for f in (temporal_iou, temporal_iop))
     values = {"miou": iou, "miou_set": temporal_iou(pred, truth)}
     if not task.has_options:
-        return values | _at_least("r1", iou, (0.3, 0.5, 0.7)) | {"parse_fail": float(not pred)}
+        return values | {f"r1@{t}": float(iou >= t) for t in (0.3, 0.5, 0.7)} | {"parse_fail": float(not pred)}
     values |= {"accuracy": float(right), "acc_gqa": float(right and iop >= 0.5)}
     values |= {"miop": iop, "miop_set": temporal_iop(pred, truth)}
-    values |= _at_least("iop", iop, (0.3, 0.5)) | _at_least("iou", iou, (0.3, 0.5))
+    values |= {f"{name}@{t}": float(value >= t) for name, value in (("iop", iop), ("iou", iou)) for t in (0.3, 0.5)}
     return values | {"parse_fail": float(choice is None or not pred)}
 
 
@@ -90,22 +92,10 @@ def _answer_of(row: Row, answer: str) -> tuple[str | None, list[Segment]]:
     return choice, segments
 
 
-def _is_unanswered(row: Row, answer: str) -> bool:
-    """Whether nothing at all can be read from the row's responses."""
-    return not any(any(_answer_of(one, answer)) for one in _each(row))
-
-
 def _get(row: Row, key: str) -> Any:
     if key not in row:
         raise ValueError(f"key {key!r}: missing")
     return row[key]
-
-
-def _true_choice(row: Row) -> str:
-    letter = _get(row, "answer")
-    if not _is_letter(letter):
-        raise ValueError(f"key 'answer': {letter!r} is no upper-case option letter")
-    return letter
 
 
 def _is_letter(value: Any) -> bool:
@@ -119,10 +109,6 @@ def _spans(row: Row, key: str) -> list[Segment]:
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"key {key!r}: expected a list of [start, end] in seconds") from error
     return spans if all(-math.inf < start <= end < math.inf for start, end in spans) else []
-
-
-def _at_least(name: str, value: float, thresholds: Sequence[float]) -> dict[str, float]:
-    return {f"{name}@{threshold}": float(value >= threshold) for threshold in thresholds}
 
 
 # ---- all rows ------------------------------------------------------------------------------------------------------
@@ -171,29 +157,28 @@ def score_each(rows: Sequence[Row], answer: str = "tagged", unanswered: str = "w
 
     Raises ValueError naming row (from 1) and key, also for an id that is repeated.
     """
-    scored, seen = [], set()
+    scored, seen, several = [], set(), any("responses" in row for row in rows)
     for number, row in enumerate(rows, 1):
         try:
             row_id = _get(row, "id")
             if not isinstance(row_id, str | int) or row_id in seen:
                 raise ValueError(f"key 'id': {row_id!r} is repeated, or neither a string nor an integer")
             seen.add(row_id)
-            scored.append((row, sample_values(row, answer)))
+            value = sample_values(row, answer)
+            if several:  # the best of a row with one response, or none, is that one
+                best = {name: v for name, v in value.items() if name != "parse_fail" and "_best" not in name}
+                value = {f"{name}_best": v for name, v in best.items()} | value
+            scored.append((row, value))
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
-    if any("responses" in row for row in rows):
-        scored = [(row, _with_best(value)) for row, value in scored]
-    return [(row, value) for row, value in scored if unanswered == "wrong" or not _is_unanswered(row, answer)]
+    if unanswered == "wrong":
+        return scored
+    return [(row, value) for row, value in scored if any(any(_answer_of(one, answer)) for one in _each(row))]
 
 
 def cluster_of(row: Row) -> str | int:
     """What a bootstrap draws together: the video, or the row alone where it has none."""
     return f"{row.get('video')} {row.get('clip')}" if row.get("video") else row["id"]
-
-
-def _with_best(value: dict[str, float]) -> dict[str, float]:
-    """Where some rows have several responses, the best of a row with one, or none, is that one."""
-    return {f"{name}_best": v for name, v in value.items() if name != "parse_fail" and "_best" not in name} | value
 
 
 def _metrics(scored: list[Scored], seed: int) -> dict[str, Any]:
