@@ -273,14 +273,11 @@ _OR_ANOTHER = re.compile(
 )
 _SAID_TIME = r"([0-9][0-9.:]*)\s*(s\b|secs?\b|seconds?\b)?"
 _AFTER = r"(?![\w:%]|[.,]\d|\s*(?:%|min|hour|people|times))"
-_SAID_SPANS = tuple(
-    re.compile(pattern, _FLAGS)
-    for pattern in (
-        rf"(?<![\w.:,%-]){_SAID_TIME}\s*(?:until|{_TO})\s*{_SAID_TIME}{_AFTER}",
-        rf"\bbetween\s+{_SAID_TIME}\s*and\s*{_SAID_TIME}{_AFTER}",
-        rf"[\[(]\s*{_SAID_TIME}\s*,\s*{_SAID_TIME}\s*[\])]",
-        rf"\bstart[a-z_]*[^0-9\n]{{0,20}}{_SAID_TIME}[^0-9\n]{{0,20}}\bend[a-z_]*[^0-9\n]{{0,20}}{_SAID_TIME}{_AFTER}",
-    )
+_SAID_SPANS = (
+    rf"(?<![\w.:,%-]){_SAID_TIME}\s*(?:until|{_TO})\s*{_SAID_TIME}{_AFTER}",
+    rf"\bbetween\s+{_SAID_TIME}\s*and\s*{_SAID_TIME}{_AFTER}",
+    rf"[\[(]\s*{_SAID_TIME}\s*,\s*{_SAID_TIME}\s*[\])]",
+    rf"\bstart[a-z_]*[^0-9\n]{{0,20}}{_SAID_TIME}[^0-9\n]{{0,20}}\bend[a-z_]*[^0-9\n]{{0,20}}{_SAID_TIME}{_AFTER}",
 )
 _DENIED = re.compile(r"\b(?:not|isn't|doesn't)\s+(?:occur |happen )?(?:from |between |at )?$", _FLAGS)
 
@@ -365,7 +362,7 @@ def _said_span(text: str) -> list[Segment]:
     ([(3.0, 7.0)], [], [(3.0, 7.0)])
     """
     found: dict[Segment, bool] = {}  # span: whether it has a unit
-    for match in chain.from_iterable(pattern.finditer(text) for pattern in _SAID_SPANS):
+    for match in chain.from_iterable(re.finditer(pattern, text, _FLAGS) for pattern in _SAID_SPANS):
         start, unit, end, end_unit = match.groups()
         span = _segment(start.rstrip(".:"), end.rstrip(".:"))
         if span and not _DENIED.search(text[max(0, match.start() - 40) : match.start()]):

@@ -162,7 +162,8 @@ def convert(
     records: dict[str, tuple[str, dict]] = {}  # by id: row and record
     seen: dict[str, str] = {}  # row by content
     for path in paths:
-        stem, first, sound = stem_of(path, name), None, 0
+        stem = (path.with_suffix("") if path.suffix == ".gz" else path).stem  # for ids
+        stem, first, sound = stem.removeprefix(f"{name}_") or stem, None, 0
         for row, raw in SOURCES[name].rows(path):
             where = f"{path.name}:{row}"
             report.read += 1
@@ -189,16 +190,6 @@ def convert(
         raise ValueError(f"{paths[0]}: every row is excluded: {', '.join(report.excluded)}")
     report.kept = len(records)
     return [record for _, record in records.values()], report
-
-
-def stem_of(path: Path, name: str) -> str:
-    """A file's name without endings and the source's name, for ids.
-
-    >>> stem_of(Path("a/charades_sta_test.txt"), "charades_sta"), stem_of(Path("val_1.json.gz"), "activitynet")
-    ('test', 'val_1')
-    """
-    stem = (path.with_suffix("") if path.suffix == ".gz" else path).stem
-    return stem.removeprefix(f"{name}_") or stem
 
 
 def annotation_files(given: Sequence[str]) -> list[Path]:

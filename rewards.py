@@ -39,10 +39,9 @@ def temporal_iou(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
 def timestamp_iou(pred: Sequence[Segment], truth: Sequence[Segment], duration: float | None) -> float:
     """Time-R1's timestamp-aware IoU: IoU x (1 - |start - start'| / duration) x (1 - |end - end'| / duration).
 
-    Segments and `duration` in seconds from 0; in [0, 1]. Of several segments the IoU is that of the unions, start and
-    end are those of the hull. With `duration` None the last end of either side stands in for it: no video that holds
-    both is shorter. Never above the IoU, so a miss pays 0. (Time-R1, arXiv 2503.13377, whose code divides by the hull
-    where this divides by the union: the same for two spans that overlap.)
+    Segments and `duration` in seconds from 0. Of several segments the IoU is that of the unions, start and end are
+    those of the hull. With `duration` None the last end of either side stands in for it. A miss pays 0. (Time-R1, arXiv
+    2503.13377, whose code divides by the hull and not by the union: the same for two spans that overlap.)
 
     >>> round(timestamp_iou([(3, 7)], [(5, 9)], 20), 6)  # 1/3 x 0.9 x 0.9
     0.27

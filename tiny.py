@@ -191,9 +191,8 @@ def write_clips(clips: list[Clip], folder: Path) -> None:
     """Encode the clips, on several processes when there are many."""
     folder.mkdir()
     write = partial(write_clip, folder=folder)
-    parallel = len(clips) >= PARALLEL_FROM
-    with multiprocessing.get_context("spawn").Pool(WORKERS) if parallel else nullcontext() as pool:
-        done = pool.imap_unordered(write, clips, chunksize=8) if parallel else map(write, clips)
+    with multiprocessing.get_context("spawn").Pool(WORKERS) if len(clips) >= PARALLEL_FROM else nullcontext() as pool:
+        done = pool.imap_unordered(write, clips, chunksize=8) if pool else map(write, clips)
         for _ in tqdm(done, "clips", len(clips), unit="clip"):
             pass
 

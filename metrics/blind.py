@@ -108,11 +108,8 @@ def swap_clips(samples: Sequence[Sample]) -> list[Sample]:
         if not near:
             raise ValueError("eval.blind=true needs clips of at least two videos")
         taken[clip] = min(near, key=lambda other: abs(clips[other] - clips[clip]))
-    return [
-        replace(sample, video=video, clip=clip, fps=fps)
-        for sample in samples
-        for video, clip, fps in [taken[sample.video, sample.clip, sample.fps]]
-    ]
+    shown = [taken[sample.video, sample.clip, sample.fps] for sample in samples]
+    return [replace(sample, video=v, clip=clip, fps=fps) for sample, (v, clip, fps) in zip(samples, shown)]
 
 
 def _of_other_videos(order: Sequence[tuple]) -> dict[tuple, tuple | None]:

@@ -24,11 +24,10 @@ Scored = tuple[Row, dict[str, float]]  # and its value, from 0 to 1, of every me
 def sample_values(row: Row, answer: str = "tagged") -> dict[str, float]:
     """One prediction row's value, from 0 to 1, of every metric of its task (a metric is 100 x their mean).
 
-    The row has `task`, the truth (`answer`, `segments` in seconds) and either `response` (raw text, which `options`
-    help to parse), or `responses` (several: values are means over them, `<metric>_best` the best of each), or
-    `pred_choice` / `pred_segments` (null / []: a parse failure, counted as wrong). Grounding follows the official
-    scripts, which take the first predicted segment, not clipped, against the best true one, for IoU and IoP separately.
-    `*_set` compares unions. Raises ValueError naming the key that is missing or bad.
+    The row has `task`, the truth, and either `response` (raw text), or `responses` (several: values are means over
+    them, `<metric>_best` the best of each), or `pred_choice` / `pred_segments` (null / []: a parse failure). Grounding
+    follows the official scripts, which take the first predicted segment, not clipped, against the best true one, for
+    IoU and IoP separately. `*_set` compares unions. Raises ValueError naming the key that is missing or bad.
     """
     each = [_values(one, answer) for one in _each(row)]
     if row.get("responses") is None:
@@ -77,19 +76,14 @@ def _answer_of(row: Row, answer: str) -> tuple[str | None, list[Segment]]:
         raise ValueError("key 'response': expected a string")
     if options is not None and not (isinstance(options, list | tuple) and all(isinstance(o, str) for o in options)):
         raise ValueError("key 'options': expected a list of texts")
-    choice, segments = (None, []) if response is None else parse_response(response, options, answer)
     task = TASKS[row["task"]]
-    if not task.has_options:
-        choice = None
-    elif response is None:
-        choice = _get(row, "pred_choice")
-        if choice is not None and not _is_letter(choice):
-            raise ValueError(f"key 'pred_choice': expected an upper-case option letter or null, got {choice!r:.40}")
-    if not task.has_segments:
-        segments = []
-    elif response is None:
-        segments = _spans(row, "pred_segments")
-    return choice, segments
+    if response is not None:
+        choice, segments = parse_response(response, options, answer)
+        return choice if task.has_options else None, segments if task.has_segments else []
+    choice = _get(row, "pred_choice") if task.has_options else None
+    if choice is not None and not _is_letter(choice):
+        raise ValueError(f"key 'pred_choice': expected an upper-case option letter or null, got {choice!r:.40}")
+    return choice, _spans(row, "pred_segments") if task.has_segments else []
 
 
 def _get(row: Row, key: str) -> Any:
@@ -118,13 +112,11 @@ def score_predictions(
     """The metrics of prediction rows: {"tasks": {task: metrics}, "types": {task: {type: metrics}}, ...}.
 
     Metrics are `n` (rows scored) and percentages from 0 to 100, each with its 95% interval beside it (`miou_ci95`).
-    The bootstrap draws videos, where rows have a `video`, because questions about one video are not independent. A task
-    also counts rows with an `error` (`num_unreadable`) and rows for a question that has no prediction (`num_missing`).
-    Rows in which nothing can be read, those two kinds included, are wrong answers. With `unanswered="skip"` they are
-    left out, as some official scripts do, and counted (`num_skipped`). `types` has the rows with a `type`, a path from
-    general to special such as `causal/CW`, at every level. Where there are several types at the top, multiple choice
-    has `accuracy_macro`, the mean over them. `videos` and `responses` say how many tokens those took. Raises ValueError
-    naming row and key.
+    The bootstrap draws videos, where rows have a `video`, because questions about one video are not independent.
+    Rows in which nothing can be read are wrong answers, as are those with an `error` (`num_unreadable`) and without a
+    prediction (`num_missing`). With `unanswered="skip"` they are left out, as some official scripts do (`num_skipped`).
+    `types` has the rows with a `type`, a path from general to special such as `causal/CW`, at every level. `videos` and
+    `responses` say how many tokens those took. Raises ValueError naming row and key.
     """
     check_modes(answer, unanswered)
     scored: dict[str, list[Scored]] = {row.get("task"): [] for row in rows}

@@ -82,8 +82,8 @@ def _cell(values: Mapping[str, Any], name: str) -> list[float | None]:
 
 def scatter(task: str, a: Evaluation, b: Evaluation) -> dict[str, Any]:
     """IoU of each question before and after, as many as MAX_DOTS drawn, and how many of all got better."""
-    ours, theirs = (one.result.percent(task, "miou") for one in (a, b))
-    pairs = [(i, ours[i], theirs[i]) for i in ours if i in theirs]
+    theirs = b.result.percent(task, "miou")
+    pairs = [(i, value, theirs[i]) for i, value in a.result.percent(task, "miou").items() if i in theirs]
     dots = [(cut(str(i)), before, after) for i, before, after in pairs[:: len(pairs) // MAX_DOTS + 1]]
     signs = Counter((after > before) - (after < before) for _, before, after in pairs)
     return {"task": task, "names": (a.name, b.name), "dots": dots, "num": len(pairs), "signs": signs}
