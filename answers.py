@@ -7,41 +7,37 @@ plain words of a model that was not tuned to write such a block (`parse_response
 import json
 import math
 import re
-import string
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from string import ascii_uppercase
 from typing import Any
 
 Segment = tuple[float, float]  # (start, end) in seconds, start <= end
 MAX_ANSWER_CHARS = 4000  # a longer answer block is malformed; bounds the number of segments as well
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+# ---- the answer blocks of a tuned model ------------------------------------------------------------------------------
+
+_FLAGS = re.ASCII | re.IGNORECASE
 _TIME_KEYS = (("start_time", "end_time"), ("start", "end"))
-_SPAN_KEYS = {"segments", *_TIME_KEYS[0], *_TIME_KEYS[1]}
-_TIME = r"[0-9:.]+(?: ?s(?:econds?|ecs?)?)?"
-TO = r"(?:to|--|[-–—~])"  # between two times
+_UNIT = r"(?: ?s(?:econds?|ecs?)?)?"
+_TO = r"(?:to|--|[-–—~])"  # between two times
+_TIME = rf"[0-9:.]+{_UNIT}"
 _SPAN = re.compile(
-    rf"(?:from )?({_TIME}) ?{TO} ?({_TIME})|between ({_TIME}) and ({_TIME})"
-    rf"|[\[(] ?({_TIME}) ?(?:,|{TO}) ?({_TIME}) ?[\])]",
-    re.ASCII | re.IGNORECASE,
+    rf"(?:from )?({_TIME}) ?{_TO} ?({_TIME})|between ({_TIME}) and ({_TIME})"
+    rf"|[\[(] ?({_TIME}) ?(?:,|{_TO}) ?({_TIME}) ?[\])]",
+    _FLAGS,
 )
-_SEPARATOR = re.compile(r" ?[,;] ?(?:and )?| and ", re.ASCII | re.IGNORECASE)
-_SECONDS = re.compile(r"([0-9]+(?:\.[0-9]+)?)(?: ?s(?:econds?|ecs?)?)?", re.ASCII | re.IGNORECASE)
-_CLOCK = re.compile(r"(?:([0-9]{1,3}):([0-5][0-9])|([0-9]{1,3})):([0-5][0-9](?:\.[0-9]+)?)", re.ASCII)
-_LETTER_OR_DIGIT = re.compile(r"[^\W_]")
+_SEPARATOR = re.compile(r" ?[,;] ?(?:and )?| and ", _FLAGS)
+_SECONDS = re.compile(  # `3.5`, `10s`, `mm:ss` or `hh:mm:ss`
+    rf"(?:([0-9]{{1,3}}):([0-5][0-9])|([0-9]{{1,3}})):([0-5][0-9](?:\.[0-9]+)?)|([0-9]+(?:\.[0-9]+)?){_UNIT}", _FLAGS
+)
 _LETTER_HEAD = re.compile(  # the last kind, a letter and white space, may also be the first word of an option's text
-    r"(?:option )?(?:\(([A-Z])\)|([A-Z])(?=[.,:;)]|$)|([A-Z])(?= ))[.,:;)]? ?(.*)", re.ASCII | re.IGNORECASE
+    r"(?:option )?(?:\(([A-Z])\)|([A-Z])(?=[.,:;)]|$)|([A-Z])(?= ))[.,:;)]? ?(.*)", _FLAGS
 )
 _JOINT = re.compile(r"\.?[,:;]? (?:and )?|[,;](?=[A-Za-z])|(?=[(\[])")  # of an option and segments; `12,5` is a number
-_TUPLE = re.compile(r"\(([0-9., ]+)\)")
 _MARKUP = re.compile(  # each alternative ends at the next mark of its kind: linear in the text's length
     r"(?<!\w)(?:\\boxed ?\{([^{}]+)\}|\*\*([^*]+)\*\*|`([^`]+)`|[\"“]([^\"“”]+)[\"”]|'([^']+)')(?!\w)"
 )
-
-
-def final_text(text: str) -> str:
-    """What follows the last `</think>`, or the whole text when there is none."""
-    return text.rpartition("</think>")[2]
 
 
 def parse_answer(text: str) -> str | None:
@@ -50,7 +46,7 @@ def parse_answer(text: str) -> str | None:
     >>> parse_answer("<think><answer>A</answer></think><answer>B</answer><answer>C")
     'B'
     """
-    text = final_text(text)
+    text = text.rpartition("</think>")[2]
     start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
     if start < 0:
         return None
@@ -60,14 +56,12 @@ def parse_answer(text: str) -> str | None:
 
 def parse_choice(text: str, options: Sequence[str] | None) -> str | None:
     """`choice_from` of the last answer block; None without one."""
-    answer = parse_answer(text)
-    return None if answer is None else choice_from(answer, options)
+    return choice_from(parse_answer(text) or "", options)
 
 
 def parse_segments(text: str, options: Sequence[str] | None = None) -> list[Segment]:
     """`segments_from` of the last answer block; [] without one."""
-    answer = parse_answer(text)
-    return [] if answer is None else segments_from(answer, options)
+    return segments_from(parse_answer(text) or "", options)
 
 
 def choice_from(answer: str, options: Sequence[str] | None) -> str | None:
@@ -86,7 +80,7 @@ def choice_from(answer: str, options: Sequence[str] | None) -> str | None:
     value = _load_json(text)
     if isinstance(value, dict):
         text = _clean(str(value.get("answer") or ""))
-    letters = string.ascii_uppercase[: len(options) if options else None]
+    letters = ascii_uppercase[: len(options) if options else None]
     found = {*_options_with_text(text, options), _letter_and_segments(bare(text), options)[0]}
     found = {index for index in found if index is not None and index < len(letters)}
     return letters[found.pop()] if len(found) == 1 else None
@@ -127,13 +121,13 @@ def bare(text: str) -> str:
 def layout_ok(text: str, think: bool) -> bool:
     """Exactly one answer block, after exactly one think block with a letter or digit when thinking, nothing else."""
     text = text.strip()
-    if [text.count(tag) for tag in _TAGS] != [think, think, 1, 1] or not text.endswith("</answer>"):
+    num_tags = [text.count(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")]
+    if num_tags != [think, think, 1, 1] or not text.endswith("</answer>"):
         return False
     thought = text[: text.index("<answer>")].rstrip()
     if not think:
         return not thought
-    is_block = thought.startswith("<think>") and thought.endswith("</think>")
-    return is_block and _LETTER_OR_DIGIT.search(thought[7:-8]) is not None
+    return bool(thought.startswith("<think>") and thought.endswith("</think>") and re.search(r"[^\W_]", thought[7:-8]))
 
 
 def _clean(answer: str) -> str:
@@ -148,7 +142,7 @@ def _load_json(text: str) -> Any:
     """Parsed JSON object or list, every number a float; None for anything else. Takes Python's quotes and pairs too."""
     if not text.startswith(("{", "[")):
         return None
-    for form in (text, _TUPLE.sub(r"[\1]", text).replace("'", '"')):
+    for form in (text, re.sub(r"\(([0-9., ]+)\)", r"[\1]", text).replace("'", '"')):
         try:
             return json.loads(form, parse_int=float, parse_float=float, object_pairs_hook=_unique)
         except (ValueError, RecursionError):
@@ -182,7 +176,7 @@ def _letter_and_segments(text: str, options: Sequence[str] | None) -> tuple[int 
     if not head or (head[3] and _options_with_text(text, options)):
         return None, [] if rest else segments
     letter, rest = head[1] or head[2] or head[3], head[4]
-    index = string.ascii_uppercase.index(letter.upper())
+    index = ascii_uppercase.index(letter.upper())
     if segments and letter.islower() and index >= len(options or ()):
         return None, []  # `3 to 7, x`: a word
     owners = _options_with_text(rest, options)
@@ -218,28 +212,25 @@ def _json_segments(value: Any, options: Sequence[str] | None) -> list[Segment]:
     if not isinstance(value, list):
         return []
     is_pair = len(value) == 2 and not any(isinstance(item, list | dict) for item in value)
-    return _all_or_none([_json_segment(item, options) for item in ([value] if is_pair else value)])
-
-
-def _json_segment(item: Any, options: Sequence[str] | None) -> Segment | None:
-    if isinstance(item, dict):
-        item = next((values for keys in _TIME_KEYS if (values := _values(item, keys, options))), None)
-    return _segment(*item) if isinstance(item, list) and len(item) == 2 else None
+    segments = []
+    for item in [value] if is_pair else value:
+        if isinstance(item, dict):
+            item = next((times for keys in _TIME_KEYS if (times := _values(item, keys, options))), None)
+        segments.append(_segment(*item) if isinstance(item, list) and len(item) == 2 else None)
+    return [] if None in segments else segments
 
 
 def _values(item: dict[str, Any], keys: Sequence[str], options: Sequence[str] | None) -> list[Any] | None:
     """The values of these keys; None when one is missing, or there is more than one other key or a second answer."""
     others = item.keys() - set(keys)
-    if len(item) - len(others) < len(keys) or len(others) > 1 or others & _SPAN_KEYS:
+    if len(item) - len(others) < len(keys) or len(others) > 1 or others & {"segments", *_TIME_KEYS[0], *_TIME_KEYS[1]}:
         return None
-    return None if any(_is_answer(item[key], options) for key in others) else [item[key] for key in keys]
-
-
-def _is_answer(value: Any, options: Sequence[str] | None) -> bool:
-    """Whether a value says when, or which option. Without options a letter names nothing."""
-    if not isinstance(value, str):
-        return isinstance(value, list | dict)
-    return bool(segments_from(value, options) or (options and choice_from(value, options)))
+    for other in map(item.get, others):
+        if isinstance(other, list | dict):
+            return None
+        if isinstance(other, str) and (segments_from(other, options) or (options and choice_from(other, options))):
+            return None  # without options a letter names nothing
+    return [item[key] for key in keys]
 
 
 def _segment(start: Any, end: Any) -> Segment | None:
@@ -248,23 +239,16 @@ def _segment(start: Any, end: Any) -> Segment | None:
 
 
 def _seconds(value: Any) -> float | None:
-    """A finite, non-negative time in seconds from a float or from `3.5`, `10s`, `mm:ss` or `hh:mm:ss`."""
+    """A finite, non-negative time in seconds from a float or a text."""
     if isinstance(value, str):
-        plain, clock = _SECONDS.fullmatch(value.strip()), _CLOCK.fullmatch(value.strip())
-        if clock:
-            hours, minutes = clock[1] or 0, clock[2] or clock[3]
-            value = 3600 * int(hours) + 60 * int(minutes) + float(clock[4])
-        else:
-            value = float(plain[1]) if plain else None
+        time = _SECONDS.fullmatch(value.strip())
+        value = time and 3600 * int(time[1] or 0) + 60 * int(time[2] or time[3] or 0) + float(time[4] or time[5])
     return value if isinstance(value, float) and 0 <= value < math.inf else None
 
 
-def _all_or_none(segments: list[Segment | None]) -> list[Segment]:
-    return [] if None in segments else [segment for segment in segments if segment]
-
+# ---- the plain words of any model ------------------------------------------------------------------------------------
 
 MOST_LEADS = 20  # a text that says "the answer is" more often goes round in circles
-_FLAGS = re.ASCII | re.IGNORECASE
 _LEAD = re.compile(  # of an answer in plain words
     r"\b(?:answer|option|choice)\b(?: is| would be| to the question is)?(?: option)?\s*:?\s*(?=\S)", _FLAGS
 )
@@ -288,30 +272,14 @@ _OR_ANOTHER = re.compile(
     re.ASCII,
 )
 _SAID_TIME = r"([0-9][0-9.:]*)\s*(s\b|secs?\b|seconds?\b)?"
-_BEFORE, _AFTER = r"(?<![\w.:,%-])", r"(?![\w:%]|[.,]\d|\s*(?:%|min|hour|people|times))"
-_SAID_SPANS = tuple(
-    re.compile(pattern, _FLAGS)
-    for pattern in (
-        rf"{_BEFORE}{_SAID_TIME}\s*(?:until|{TO})\s*{_SAID_TIME}{_AFTER}",
-        rf"\bbetween\s+{_SAID_TIME}\s*and\s*{_SAID_TIME}{_AFTER}",
-        rf"[\[(]\s*{_SAID_TIME}\s*,\s*{_SAID_TIME}\s*[\])]",
-        rf"\bstart[a-z_]*[^0-9\n]{{0,20}}{_SAID_TIME}[^0-9\n]{{0,20}}\bend[a-z_]*[^0-9\n]{{0,20}}{_SAID_TIME}{_AFTER}",
-    )
+_AFTER = r"(?![\w:%]|[.,]\d|\s*(?:%|min|hour|people|times))"
+_SAID_SPANS = (
+    rf"(?<![\w.:,%-]){_SAID_TIME}\s*(?:until|{_TO})\s*{_SAID_TIME}{_AFTER}",
+    rf"\bbetween\s+{_SAID_TIME}\s*and\s*{_SAID_TIME}{_AFTER}",
+    rf"[\[(]\s*{_SAID_TIME}\s*,\s*{_SAID_TIME}\s*[\])]",
+    rf"\bstart[a-z_]*[^0-9\n]{{0,20}}{_SAID_TIME}[^0-9\n]{{0,20}}\bend[a-z_]*[^0-9\n]{{0,20}}{_SAID_TIME}{_AFTER}",
 )
 _DENIED = re.compile(r"\b(?:not|isn't|doesn't)\s+(?:occur |happen )?(?:from |between |at )?$", _FLAGS)
-
-
-def answer_of(response: str, answer: str = "tagged") -> str | None:
-    """The answer in a raw response: the last answer block, or None.
-
-    With `tagged_or_text`, the text after the last think block counts when there is no block; a thought that does not
-    end is none.
-    """
-    tagged = parse_answer(response)
-    if tagged is not None or answer == "tagged":
-        return tagged
-    text = final_text(response)
-    return None if "<think>" in text else text
 
 
 def parse_response(
@@ -327,50 +295,42 @@ def parse_response(
     >>> parse_response("<answer>It happens from 24.3 to 30.4 seconds.</answer>", None, "tagged_or_text")[1]
     [(24.3, 30.4)]
     """
-    text = answer_of(response, answer)
+    text = parse_answer(response)
+    if answer == "tagged":
+        return (None, []) if text is None else (choice_from(text, options), segments_from(text, options))
     if text is None:
-        return None, []
-    choice, segments = choice_from(text, options), segments_from(text, options)
-    if answer == "tagged_or_text":
-        text = bare(text.strip())
-        choice = choice or choice_in(text, options)
-        segments = segments or segments_in(text)
-    return choice, segments
+        text = response.rpartition("</think>")[2]
+        if "<think>" in text:  # a thought that does not end
+            return None, []
+    plain = bare(text.strip())
+    return choice_from(text, options) or _said_choice(plain, options), segments_from(text, options) or _said_span(plain)
 
 
-def choice_in(text: str, options: Sequence[str] | None) -> str | None:
+def _said_choice(text: str, options: Sequence[str] | None) -> str | None:
     """The one option that a text names: at its start, or after words such as "the correct answer is".
 
     By its letter, upper case and set off (`B.`, `(B)`, `B` and a line end), by its text, by Yes or No where that is an
-    option, or by the label that a question may have given it (`Option 2`, `Sentence B`): a label counts places. None
-    for a letter or a label with another option's text.
+    option and begins the text, or by the label that a question may have given it (`Option 2`, `Sentence B`): a label
+    counts places. None for a letter or a label with another option's text.
 
-    >>> [choice_in(text, ["a dog", "a cat"]) for text in ("B\\nIt meows.", "Answer: a cat", "A or B", "B. a dog")]
+    >>> [_said_choice(text, ["a dog", "a cat"]) for text in ("B\\nIt meows.", "Answer: a cat", "A or B", "B. a dog")]
     ['B', 'B', None, None]
-    >>> [choice_in(text, ["a dog", "a cat"]) for text in ("Option 2: a cat", "Caption B is right", "Option 1 or 2")]
+    >>> [_said_choice(text, ["a dog", "a cat"]) for text in ("Option 2: a cat", "Caption B is right", "Option 1 or 2")]
     ['B', 'B', None]
     """
     ends = [lead.end() for lead in islice(_LEAD.finditer(text), MOST_LEADS)]
-    found = {_named(text[end : end + MAX_ANSWER_CHARS], options) for end in ends or [0]}
-    found |= _labelled(text, options) | _yes_or_no(text, options)
+    found = {_named(text[end : end + MAX_ANSWER_CHARS], options) for end in ends or [0]} | _labelled(text, options)
+    if options and _YES_NO.match(text):
+        found |= {choice_from(word, options) for word in _YES_NO.findall(text)}
     found.discard(None)
     return found.pop() if len(found) == 1 else None
 
 
 def _named(text: str, options: Sequence[str] | None) -> str | None:
-    line = text.partition("\n")[0].strip()
-    head = _HEAD.match(text)
+    head, line = _HEAD.match(text), text.partition("\n")[0].strip()
     if head:
         return _letter(ascii_uppercase.index(head[1]), head[2], options)
     return None if len(line.rstrip(".")) == 1 else choice_from(line, options)
-
-
-def _letter(index: int, rest: str, options: Sequence[str] | None) -> str | None:
-    """The letter of an option that is named, unless the text after it is that of another one."""
-    rest = rest.partition("\n")[0].strip(" .").lower()
-    others = [option.strip(" .").lower() for i, option in enumerate(options or ()) if i != index]
-    decided = rest not in others and len(rest) != 1
-    return ascii_uppercase[index] if decided and index < len(options or ascii_uppercase) else None
 
 
 def _labelled(text: str, options: Sequence[str] | None) -> set[str | None]:
@@ -387,24 +347,25 @@ def _labelled(text: str, options: Sequence[str] | None) -> set[str | None]:
     return found
 
 
-def _yes_or_no(text: str, options: Sequence[str] | None) -> set[str | None]:
-    """The letters of the options Yes and No that a text begins a sentence with, where it begins with one."""
-    words = _YES_NO.findall(text) if _YES_NO.match(text) else []
-    return {choice_from(word, options) for word in words} if options else set()
+def _letter(index: int, rest: str, options: Sequence[str] | None) -> str | None:
+    """The letter of an option that is named, unless the text after it is that of another one."""
+    rest = rest.partition("\n")[0].strip(" .").lower()
+    others = [option.strip(" .").lower() for i, option in enumerate(options or ()) if i != index]
+    decided = rest not in others and len(rest) != 1
+    return ascii_uppercase[index] if decided and index < len(options or ascii_uppercase) else None
 
 
-def segments_in(text: str) -> list[Segment]:
+def _said_span(text: str) -> list[Segment]:
     """The one span that a text names; those with a unit of seconds go before those without. [] for none or several.
 
-    >>> segments_in("5 to 8 things: between 3 and 7 seconds"), segments_in("3 to 7, or 4 to 8"), segments_in("[3, 7]")
+    >>> _said_span("5 to 8 things: between 3 and 7 seconds"), _said_span("3 to 7, or 4 to 8"), _said_span("[3, 7]")
     ([(3.0, 7.0)], [], [(3.0, 7.0)])
     """
-    found: dict[tuple[Segment, ...], bool] = {}  # span: whether it has a unit
-    for pattern in _SAID_SPANS:
-        for match in pattern.finditer(text):
-            start, unit, end, end_unit = match.groups()
-            span = tuple(segments_from(f"{start.rstrip('.:')} to {end.rstrip('.:')}"))
-            if span and not _DENIED.search(text[max(0, match.start() - 40) : match.start()]):
-                found[span] = found.get(span, False) or bool(unit or end_unit)
+    found: dict[Segment, bool] = {}  # span: whether it has a unit
+    for match in chain.from_iterable(re.finditer(pattern, text, _FLAGS) for pattern in _SAID_SPANS):
+        start, unit, end, end_unit = match.groups()
+        span = _segment(start.rstrip(".:"), end.rstrip(".:"))
+        if span and not _DENIED.search(text[max(0, match.start() - 40) : match.start()]):
+            found[span] = found.get(span, False) or bool(unit or end_unit)
     spans = [span for span, has_unit in found.items() if has_unit] or list(found)
-    return list(spans[0]) if len(spans) == 1 else []
+    return spans if len(spans) == 1 else []

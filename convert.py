@@ -162,7 +162,8 @@ def convert(
     records: dict[str, tuple[str, dict]] = {}  # by id: row and record
     seen: dict[str, str] = {}  # row by content
     for path in paths:
-        stem, first, sound = stem_of(path, name), None, 0
+        stem = (path.with_suffix("") if path.suffix == ".gz" else path).stem  # for ids
+        stem, first, sound = stem.removeprefix(f"{name}_") or stem, None, 0
         for row, raw in SOURCES[name].rows(path):
             where = f"{path.name}:{row}"
             report.read += 1
@@ -191,16 +192,6 @@ def convert(
     return [record for _, record in records.values()], report
 
 
-def stem_of(path: Path, name: str) -> str:
-    """A file's name without endings and the source's name, for ids.
-
-    >>> stem_of(Path("a/charades_sta_test.txt"), "charades_sta"), stem_of(Path("val_1.json.gz"), "activitynet")
-    ('test', 'val_1')
-    """
-    stem = (path.with_suffix("") if path.suffix == ".gz" else path).stem
-    return stem.removeprefix(f"{name}_") or stem
-
-
 def annotation_files(given: Sequence[str]) -> list[Path]:
     """Files as given, and the .json files of folders in the order of their names."""
     paths = []
@@ -210,15 +201,6 @@ def annotation_files(given: Sequence[str]) -> list[Path]:
             raise ValueError(f"{path}: no .json files in this folder")
         paths += found
     return paths
-
-
-def write(records: Sequence[dict], report: Report, out: Path) -> Path:
-    """Write both files, each whole or not at all; returns the report's path."""
-    report_path = out.with_suffix(".report.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(report_path, json.dumps(report.content(), indent=1, ensure_ascii=False) + "\n")
-    jsonl.write(out, records)
-    return report_path
 
 
 def run(args: argparse.Namespace) -> None:
@@ -239,7 +221,10 @@ def run(args: argparse.Namespace) -> None:
     if any(out.resolve() == path.resolve() for path in paths):
         raise ValueError(f"--out {out} is one of the annotation files")
     records, report = convert(args.source, paths, beside, repair=not args.no_repair)
-    report_path = write(records, report, out)
+    report_path = out.with_suffix(".report.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(report_path, json.dumps(report.content(), indent=1, ensure_ascii=False) + "\n")
+    jsonl.write(out, records)
     print("\n".join([f"{args.source}: {out}, {report_path}", *report.lines()]))
 
 

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from config import EvalRunConfig
 from data import PromptReader, check_readable, make_reader
 from metrics.blind import floor_line, floor_of, swap_clips
 from metrics.compare import compare, read_predictions, specification
-from metrics.predictions import blind_head_of, head_of, predict
-from metrics.rows import truth_hash
+from metrics.predictions import predict
+from metrics.rows import truth_hash, truth_of
 from metrics.tasks import check_modes, sample_values, score_predictions
 from policy import Policy, load_policy
 from preflight.selfcheck import check_model, check_ranks
@@ -58,9 +57,10 @@ def evaluate(cfg: EvalRunConfig, resume: bool = False) -> dict[str, Any]:
                 print(f"{run.dir} is finished:")
             return _finish(run, json.loads((run.dir / "metrics.json").read_text(encoding="utf-8")))
         samples = read_samples(cfg.data.test, cfg.data.out_of_clip, cfg.run.seed, cfg.data.manifest)
-        asked = {"": (samples, head_of)}  # by the end of the files' names
+        own = {sample.id: sample for sample in samples}  # whose truth a row of another clip has too
+        asked = {"": (samples, truth_of)}  # by the end of the files' names
         if cfg.eval.blind:
-            asked["_blind"] = (swap_clips(samples), partial(blind_head_of, own={s.id: s for s in samples}))
+            asked["_blind"] = (swap_clips(samples), lambda s: truth_of(own[s.id]) | {"shown": Path(s.video).name})
         floor = _floor(cfg, samples, run)
         policy = load_policy(cfg.model, cfg.eval.temperature or 1.0).to(run.engine.device)
         check_ranks(policy, samples, cfg, run)

@@ -28,6 +28,7 @@ COLUMNS = (
 )  # fmt: skip
 _TAKEN = {"format", "answer", "iou", "total", "overlong"}  # names of metrics `reward/<part>` that are not for functions
 TRACEBACK = "reward_error.txt"  # file of the run folder
+TOOK_TEXT_FOR_MESSAGES = ("string indices must be", "'str' object has no attribute")  # in the error of a function
 _ASYNC = asyncio.Runner()  # one event loop for all steps: a client that a function keeps stays usable
 
 
@@ -38,9 +39,6 @@ class RewardFunction:
     name: str
     call: Callable[..., Any]
     weight: float
-
-
-CONVERSATIONAL = "; a function that reads message lists (completion[0]['content']) needs rewards.conversational=true"
 
 
 class RewardFunctionError(ValueError):
@@ -142,8 +140,10 @@ def _values(
         if inspect.iscoroutine(values):
             values = _ASYNC.run(values)
     except Exception as error:  # whatever the user's function raises
-        hint = "" if conversational or not _reads_messages(error) else CONVERSATIONAL
-        raise RewardFunctionError(f"{where}: {_one_line(error)}, on {batch}{hint}") from error
+        told = f"{where}: {_one_line(error)}, on {batch}"
+        if not conversational and any(sign in told for sign in TOOK_TEXT_FOR_MESSAGES):
+            told += "; a function that reads message lists (completion[0]['content']) needs rewards.conversational=true"
+        raise RewardFunctionError(told) from error
     is_vector = isinstance(values, Sequence) or getattr(values, "ndim", None) == 1  # 1-d: an array or a tensor
     if isinstance(values, str | bytes) or not is_vector:
         raise RewardFunctionError(f"{where}: returned {type(values).__name__}, not a list, for {batch}")
@@ -162,11 +162,6 @@ def _value(value: Any, where: str) -> float | None:
     if not math.isfinite(number):
         raise RewardFunctionError(f"{where}: returned {str(value)[:40]!r}, not a finite number")
     return number
-
-
-def _reads_messages(error: Exception) -> bool:
-    """Whether a function fails as one does that takes a string for the list of messages which TRL hands over."""
-    return "string indices must be" in str(error) or "'str' object has no attribute" in str(error)
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -7,6 +7,8 @@ total: any response gives finite numbers in [0, 1] in time linear in its length,
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 from answers import Segment, layout_ok, parse_answer, parse_choice, parse_segments  # noqa: F401  (public names)
@@ -37,10 +39,9 @@ def temporal_iou(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
 def timestamp_iou(pred: Sequence[Segment], truth: Sequence[Segment], duration: float | None) -> float:
     """Time-R1's timestamp-aware IoU: IoU x (1 - |start - start'| / duration) x (1 - |end - end'| / duration).
 
-    Segments and `duration` in seconds from 0; in [0, 1]. Of several segments the IoU is that of the unions, start and
-    end are those of the hull. With `duration` None the last end of either side stands in for it: no video that holds
-    both is shorter. Never above the IoU, so a miss pays 0. (Time-R1, arXiv 2503.13377, whose code divides by the hull
-    where this divides by the union: the same for two spans that overlap.)
+    Segments and `duration` in seconds from 0. Of several segments the IoU is that of the unions, start and end are
+    those of the hull. With `duration` None the last end of either side stands in for it. A miss pays 0. (Time-R1, arXiv
+    2503.13377, whose code divides by the hull and not by the union: the same for two spans that overlap.)
 
     >>> round(timestamp_iou([(3, 7)], [(5, 9)], 20), 6)  # 1/3 x 0.9 x 0.9
     0.27
@@ -59,12 +60,8 @@ def distance_iou(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
     d is the distance of the centres, c the length of the hull of both sides. (Zheng et al. 2020, arXiv 1911.08287,
     eq. 7: the loss 1 - IoU + d^2 / c^2.) Of several segments the centre is that of the hull, the IoU the smaller of
     the unions' and the hulls': points at both ends of the video, which cost no IoU, would lower d / c for any answer.
-    0 for an empty side.
-
-    It tells misses apart, and so pays them: a span beside the truth gets 3/8 where they touch and less the farther
-    off, a point inside the truth or pieces on both sides of it up to 1/2, the whole video 1/2 and more unless the
-    truth is short and off its centre. The map is affine: advantages divided by the group's standard deviation are
-    those of the unmapped value while no other part differs; next to other parts its spread is half.
+    0 for an empty side. It tells misses apart, and so pays them: a span beside the truth gets 3/8 where they touch and
+    less the farther off, a point inside the truth up to 1/2, and the whole video often 1/2 and more.
 
     >>> distance_iou([(0, 2)], [(6, 8)]), distance_iou([(0, 20)], [(4, 8)])  # (1 - (6/8)^2) / 2, (1 + 0.2 - 0.04) / 2
     (0.21875, 0.58)
@@ -98,12 +95,10 @@ def temporal_iop(pred: Sequence[Segment], truth: Sequence[Segment]) -> float:
 def score(text: str, sample: Any, cfg: Any) -> Reward:
     """Reward of one response: sum(weight x part) / sum(weights) over the parts of the sample's task.
 
-    `sample` has `task`, `options`, `answer`, `segments` and `duration` (seconds, or None: spans are not
-    clipped); `cfg` has `prompt.think`, `rewards.format_gates_task`, `rewards.overlap` (which overlap the part `iou`
-    is: `iou`, `timestamp_iou` or `distance_iou`) and, for each task, weights such as `rewards.tvg.iou`; with all of
-    them 0 the total is 0. Predicted segments are clipped to [0, duration]. With the gate, `format` is 1 only when
-    every part of the answer parses as well, and the task's parts count only then; without it `format` is the layout
-    alone. A truth without length, which the data loader refuses, has IoU 0.
+    `cfg` has the sections `prompt` and `rewards`. Where all weights are 0 the total is 0. Predicted segments are
+    clipped to [0, duration] where the sample has a duration (seconds). With `rewards.format_gates_task`, `format` is 1
+    only when every part of the answer parses as well, and the task's parts count only then. Without it `format` is the
+    layout alone. A truth without length, which the data loader refuses, has IoU 0.
     """
     part_names, weights = TASKS[sample.task].parts, getattr(cfg.rewards, sample.task)
     values = {"format": float(layout_ok(text, cfg.prompt.think))}
@@ -111,7 +106,11 @@ def score(text: str, sample: Any, cfg: Any) -> Reward:
         choice = parse_choice(text, sample.options)
         values["answer"] = float(choice is not None and choice == sample.answer)
     if "iou" in part_names:
-        values["iou"] = _overlap_part(cfg.rewards.overlap, parse_segments(text, sample.options), sample)
+        end_s = math.inf if sample.duration is None else sample.duration
+        pred = [(min(start, end_s), min(end, end_s)) for start, end in parse_segments(text, sample.options)]
+        kinds = {"iou": temporal_iou, "distance_iou": distance_iou}
+        kinds["timestamp_iou"] = partial(timestamp_iou, duration=sample.duration)
+        values["iou"] = kinds[cfg.rewards.overlap](pred, sample.segments)
     if cfg.rewards.format_gates_task and not (values["format"] and parses(text, sample)):
         values = dict.fromkeys(part_names, 0.0)
     weight = {name: getattr(weights, name) for name in part_names}
@@ -148,13 +147,6 @@ def format_answer(sample: Any) -> str:
     return f"<answer>{', '.join(pieces)}</answer>"
 
 
-def _overlap_part(kind: str, segments: list[Segment], sample: Any) -> float:
-    pred = _clip(segments, sample.duration)
-    if kind == "timestamp_iou":
-        return timestamp_iou(pred, sample.segments, sample.duration)
-    return {"iou": temporal_iou, "distance_iou": distance_iou}[kind](pred, sample.segments)
-
-
 def _hull(segments: Sequence[Segment]) -> Segment:
     return min(start for start, _ in segments), max(end for _, end in segments)
 
@@ -177,20 +169,11 @@ def _length(merged: list[Segment]) -> float:
 
 
 def _overlap(a: list[Segment], b: list[Segment]) -> float:
-    """Length of the intersection of two merged lists, one pass over both."""
-    total_s, i, j = 0.0, 0, 0
-    while i < len(a) and j < len(b):
-        total_s += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
+    """Length of the intersection of two merged lists."""
+    total_s = 0.0
+    for (start, end), (other_start, other_end) in product(a, b):
+        total_s += max(0.0, min(end, other_end) - max(start, other_start))
     return total_s
-
-
-def _clip(segments: list[Segment], duration: float | None) -> list[Segment]:
-    end_s = math.inf if duration is None else duration
-    return [(min(start, end_s), min(end, end_s)) for start, end in segments]  # parsed starts are >= 0
 
 
 def _decimal(seconds: float) -> str:

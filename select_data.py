@@ -23,8 +23,7 @@ rollout and rewards, but for the keys in select.allow, or a file of rows with `i
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from tqdm import tqdm
 
 import config
 from data import NUM_LISTED, check_readable, make_reader
+from metrics.predictions import answer_batches
 from model.folder import weights_hash
 from policy import Policy, load_policy
 from preflight.selfcheck import check_model, check_ranks
@@ -56,7 +56,6 @@ from runtime.run import MAY_CHANGE, UNUSED, Run, config_differences
 from runtime.signals import interruptible
 from selection.rules import Item, check_kept, choose, counts_by_stratum, plot, reason, table
 from selection.scores import SCORES, head_of, origin, read_scores
-from video.readers import VideoError
 
 STEP = -1  # of the seeds: no step of training, whose first would draw the very same responses
 
@@ -85,30 +84,12 @@ class SelectRun(Run):
             write_text(self.dir / "env.json", json.dumps(made_with, indent=2) + "\n")
 
 
-def score_batch(
-    policy: Policy,
-    batch: Sequence[Sample],
-    loaded: Iterator[Prompt | VideoError],
-    functions: Sequence[RewardFunction],
-    cfg: SelectConfig,
-) -> list[dict]:
-    """The rows of one batch. Its prompts are made here and end here: their patches take memory on the device."""
-    results = list(loaded)
-    prompts = [result for result in results if isinstance(result, Prompt)]
-    scored = iter(score_prompts(policy, prompts, functions, cfg) if prompts else ())
-    return [
-        head_of(sample) | ({"error": str(result)} if isinstance(result, VideoError) else next(scored))
-        for sample, result in zip(batch, results, strict=True)
-    ]
-
-
 def score_prompts(
     policy: Policy, prompts: Sequence[Prompt], functions: Sequence[RewardFunction], cfg: SelectConfig
 ) -> list[dict[str, Any]]:
     """K responses to each prompt, over one prefill, and what is written of them."""
     size = cfg.rollout.group_size
-    embeds = policy.embed_each(prompts)
-    rollout = generate(policy, prompts, embeds, cfg.rollout, cfg.run.seed, STEP)
+    rollout = generate(policy, prompts, policy.embed_each(prompts), cfg.rollout, cfg.run.seed, STEP)
     samples = [prompt.sample for prompt in prompts for _ in range(size)]
     ids = [tokens for group in rollout.completions for tokens in group]
     scored = score_all(rollout.texts, samples, cfg, functions, ids)
@@ -141,12 +122,17 @@ def sample_scores(samples: Sequence[Sample], cfg: SelectConfig, run: Run) -> Non
     with reader.workers, run.engine.phase("scores"), failures_in(run.dir):
         with user_errors():
             check_model(policy, None, samples, reader, cfg, run)
-        mine = [sample for number in scores.mine for sample in scores.batches[number]]
-        loaded = reader.ahead(mine, cfg.rollout.micro_batch_size + 2 * reader.workers.num)
-        bar = tqdm(scores.mine, "select", unit="batch", disable=not run.is_main)
-        for number in bar:
-            batch = scores.batches[number]
-            rows = score_batch(policy, batch, islice(loaded, len(batch)), functions, cfg)
+        mine = scores.mine
+        batches = [scores.batches[number] for number in mine]
+        scored = answer_batches(
+            lambda prompts: score_prompts(policy, prompts, functions, cfg),
+            batches,
+            reader,
+            cfg.rollout.micro_batch_size,
+        )
+        bar = tqdm(scored, "select", len(mine), unit="batch", disable=not run.is_main)
+        for number, found in zip(mine, bar, strict=True):
+            rows = [head_of(sample) | row for sample, row in zip(scores.batches[number], found, strict=True)]
             with user_errors():
                 scores.add(number, rows)
             bad += [row for row in rows if "error" in row]

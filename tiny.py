@@ -191,9 +191,8 @@ def write_clips(clips: list[Clip], folder: Path) -> None:
     """Encode the clips, on several processes when there are many."""
     folder.mkdir()
     write = partial(write_clip, folder=folder)
-    parallel = len(clips) >= PARALLEL_FROM
-    with multiprocessing.get_context("spawn").Pool(WORKERS) if parallel else nullcontext() as pool:
-        done = pool.imap_unordered(write, clips, chunksize=8) if parallel else map(write, clips)
+    with multiprocessing.get_context("spawn").Pool(WORKERS) if len(clips) >= PARALLEL_FROM else nullcontext() as pool:
+        done = pool.imap_unordered(write, clips, chunksize=8) if pool else map(write, clips)
         for _ in tqdm(done, "clips", len(clips), unit="clip"):
             pass
 
@@ -362,7 +361,6 @@ def write_world(out: str | Path, seed: int = 0, size: str = "full", family: str 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and write the world."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="tiny_world", help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of clips, records and weights")

@@ -36,7 +36,10 @@ def floor_of(data: str, tests: Sequence[Sample], out_of_clip: str = "clamp", see
     for task, train in of_task.items():
         if train:
             constant = best_constant(train)
-            rows = [_answered(sample, constant) for sample in tests if sample.task == task]
+            rows = []  # as predictions.jsonl would have them
+            for sample in (sample for sample in tests if sample.task == task):
+                spans = [[share * sample.duration for share in constant["span"]]] if "span" in constant else []
+                rows.append(truth_of(sample) | {"pred_choice": constant.get("choice"), "pred_segments": spans})
             found[task] = score_predictions(rows)["tasks"][task] | {"constant": {"data": data} | constant}
     return found
 
@@ -68,12 +71,6 @@ def best_span(train: Sequence[Sample]) -> tuple[float, float]:
         end = int(mean_E.argmax())
         best = max(best, (float(mean_E[end]), -start, -(start + 1 + end)))
     return -best[1] / NUM_SHARES, -best[2] / NUM_SHARES
-
-
-def _answered(sample: Sample, constant: dict[str, Any]) -> dict[str, Any]:
-    """The row of predictions.jsonl that the constant answer would leave."""
-    spans = [[share * sample.duration for share in constant["span"]]] if "span" in constant else []
-    return {"id": sample.id, "pred_choice": constant.get("choice"), "pred_segments": spans} | truth_of(sample)
 
 
 def in_words(constant: dict[str, Any]) -> str:
@@ -111,11 +108,8 @@ def swap_clips(samples: Sequence[Sample]) -> list[Sample]:
         if not near:
             raise ValueError("eval.blind=true needs clips of at least two videos")
         taken[clip] = min(near, key=lambda other: abs(clips[other] - clips[clip]))
-    return [
-        replace(sample, video=video, clip=clip, fps=fps)
-        for sample in samples
-        for video, clip, fps in [taken[sample.video, sample.clip, sample.fps]]
-    ]
+    shown = [taken[sample.video, sample.clip, sample.fps] for sample in samples]
+    return [replace(sample, video=v, clip=clip, fps=fps) for sample, (v, clip, fps) in zip(samples, shown)]
 
 
 def _of_other_videos(order: Sequence[tuple]) -> dict[tuple, tuple | None]:

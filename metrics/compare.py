@@ -31,11 +31,8 @@ class Result:
     clusters: dict[str | int, str | int]  # by id: what a bootstrap draws together
 
     def percent(self, task: str, metric: str) -> dict[str | int, float]:
-        """A metric of every question, by its id, from 0 to 100."""
-        return {i: 100 * values[metric] for i, values in self.values[task].items()}
-
-    def metrics(self, task: str) -> list[str]:
-        return list(next(iter(self.values[task].values())))
+        """A metric of every question that has it, by its id, from 0 to 100."""
+        return {i: 100 * values[metric] for i, values in self.values[task].items() if metric in values}
 
 
 def read_result(path: str | Path) -> Result:
@@ -137,9 +134,9 @@ def _table(task: str, results: Sequence[Result]) -> list[str]:
     head = "".join(f"{f'[{i}]':>9}" for i in range(len(results)))
     head += "".join(f"{f'[{i}] - [0], 95% interval':>28}" for i in range(1, len(results)))
     lines = [f"{task}: n {sizes}; paired {', '.join(map(str, paired))}", f"{'':14}{head}"]
-    for name in first.metrics(task):
-        if all(name in other.metrics(task) for other in others):
-            percent = [result.percent(task, name) for result in results]
+    for name in next(iter(first.values[task].values())):
+        percent = [result.percent(task, name) for result in results]
+        if all(percent):
             cells = "".join(f"{np.mean(list(values.values())):9.2f}" for values in percent)
             for values in percent[1:]:
                 cells += f"{in_points(paired_difference(percent[0], values, first.clusters), digits=2):>28}"

@@ -14,8 +14,8 @@ TRUTH = ("task", "question", "video", "clip", "options", "answer", "segments", "
 
 # ---- rows and their truth ------------------------------------------------------------------------------------------
 def truth_of(sample: Any) -> dict[str, Any]:
-    """What a row of predictions repeats of its record."""
-    truth = {key: getattr(sample, key) for key in TRUTH} | {"video": os.path.basename(sample.video)}
+    """What a row of predictions repeats of its record: the id and the truth."""
+    truth = {key: getattr(sample, key) for key in ("id", *TRUTH)} | {"video": os.path.basename(sample.video)}
     return {key: value for key, value in truth.items() if key not in ("clip", "type") or value}
 
 

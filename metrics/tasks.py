@@ -24,11 +24,10 @@ Scored = tuple[Row, dict[str, float]]  # and its value, from 0 to 1, of every me
 def sample_values(row: Row, answer: str = "tagged") -> dict[str, float]:
     """One prediction row's value, from 0 to 1, of every metric of its task (a metric is 100 x their mean).
 
-    The row has `task`, the truth (`answer`, `segments` in seconds) and either `response` (raw text, which `options`
-    help to parse), or `responses` (several: values are means over them, `<metric>_best` the best of each), or
-    `pred_choice` / `pred_segments` (null / []: a parse failure, counted as wrong). Grounding follows the official
-    scripts, which take the first predicted segment, not clipped, against the best true one, for IoU and IoP separately.
-    `*_set` compares unions. Raises ValueError naming the key that is missing or bad.
+    The row has `task`, the truth, and either `response` (raw text), or `responses` (several: values are means over
+    them, `<metric>_best` the best of each), or `pred_choice` / `pred_segments` (null / []: a parse failure). Grounding
+    follows the official scripts, which take the first predicted segment, not clipped, against the best true one, for
+    IoU and IoP separately. `*_set` compares unions. Raises ValueError naming the key that is missing or bad.
     """
     each = [_values(one, answer) for one in _each(row)]
     if row.get("responses") is None:
@@ -52,7 +51,9 @@ def _values(row: Row, answer: str) -> dict[str, float]:
     if name not in TASKS:
         raise ValueError(f"key 'task': {name!r} is none of {', '.join(TASKS)}")
     task, (choice, pred) = TASKS[name], _answer_of(row, answer)
-    right = task.has_options and choice == _true_choice(row)
+    if task.has_options and not _is_letter(_get(row, "answer")):
+        raise ValueError(f"key 'answer': {row['answer']!r} is no upper-case option letter")
+    right = task.has_options and choice == row["answer"]
     if not task.has_segments:
         return {"accuracy": float(right), "parse_fail": float(choice is None)}
     truth = _spans(row, "segments")
@@ -61,10 +62,10 @@ def _values(row: Row, answer: str) -> dict[str, float]:
     iou, iop = (max(f(pred[:1], [true]) for true in truth) for f in (temporal_iou, temporal_iop))
     values = {"miou": iou, "miou_set": temporal_iou(pred, truth)}
     if not task.has_options:
-        return values | _at_least("r1", iou, (0.3, 0.5, 0.7)) | {"parse_fail": float(not pred)}
+        return values | {f"r1@{t}": float(iou >= t) for t in (0.3, 0.5, 0.7)} | {"parse_fail": float(not pred)}
     values |= {"accuracy": float(right), "acc_gqa": float(right and iop >= 0.5)}
     values |= {"miop": iop, "miop_set": temporal_iop(pred, truth)}
-    values |= _at_least("iop", iop, (0.3, 0.5)) | _at_least("iou", iou, (0.3, 0.5))
+    values |= {f"{name}@{t}": float(value >= t) for name, value in (("iop", iop), ("iou", iou)) for t in (0.3, 0.5)}
     return values | {"parse_fail": float(choice is None or not pred)}
 
 
@@ -75,37 +76,20 @@ def _answer_of(row: Row, answer: str) -> tuple[str | None, list[Segment]]:
         raise ValueError("key 'response': expected a string")
     if options is not None and not (isinstance(options, list | tuple) and all(isinstance(o, str) for o in options)):
         raise ValueError("key 'options': expected a list of texts")
-    choice, segments = (None, []) if response is None else parse_response(response, options, answer)
     task = TASKS[row["task"]]
-    if not task.has_options:
-        choice = None
-    elif response is None:
-        choice = _get(row, "pred_choice")
-        if choice is not None and not _is_letter(choice):
-            raise ValueError(f"key 'pred_choice': expected an upper-case option letter or null, got {choice!r:.40}")
-    if not task.has_segments:
-        segments = []
-    elif response is None:
-        segments = _spans(row, "pred_segments")
-    return choice, segments
-
-
-def _is_unanswered(row: Row, answer: str) -> bool:
-    """Whether nothing at all can be read from the row's responses."""
-    return not any(any(_answer_of(one, answer)) for one in _each(row))
+    if response is not None:
+        choice, segments = parse_response(response, options, answer)
+        return choice if task.has_options else None, segments if task.has_segments else []
+    choice = _get(row, "pred_choice") if task.has_options else None
+    if choice is not None and not _is_letter(choice):
+        raise ValueError(f"key 'pred_choice': expected an upper-case option letter or null, got {choice!r:.40}")
+    return choice, _spans(row, "pred_segments") if task.has_segments else []
 
 
 def _get(row: Row, key: str) -> Any:
     if key not in row:
         raise ValueError(f"key {key!r}: missing")
     return row[key]
-
-
-def _true_choice(row: Row) -> str:
-    letter = _get(row, "answer")
-    if not _is_letter(letter):
-        raise ValueError(f"key 'answer': {letter!r} is no upper-case option letter")
-    return letter
 
 
 def _is_letter(value: Any) -> bool:
@@ -121,10 +105,6 @@ def _spans(row: Row, key: str) -> list[Segment]:
     return spans if all(-math.inf < start <= end < math.inf for start, end in spans) else []
 
 
-def _at_least(name: str, value: float, thresholds: Sequence[float]) -> dict[str, float]:
-    return {f"{name}@{threshold}": float(value >= threshold) for threshold in thresholds}
-
-
 # ---- all rows ------------------------------------------------------------------------------------------------------
 def score_predictions(
     rows: Sequence[Row], answer: str = "tagged", unanswered: str = "wrong", seed: int = 0
@@ -132,13 +112,11 @@ def score_predictions(
     """The metrics of prediction rows: {"tasks": {task: metrics}, "types": {task: {type: metrics}}, ...}.
 
     Metrics are `n` (rows scored) and percentages from 0 to 100, each with its 95% interval beside it (`miou_ci95`).
-    The bootstrap draws videos, where rows have a `video`, because questions about one video are not independent. A task
-    also counts rows with an `error` (`num_unreadable`) and rows for a question that has no prediction (`num_missing`).
-    Rows in which nothing can be read, those two kinds included, are wrong answers. With `unanswered="skip"` they are
-    left out, as some official scripts do, and counted (`num_skipped`). `types` has the rows with a `type`, a path from
-    general to special such as `causal/CW`, at every level. Where there are several types at the top, multiple choice
-    has `accuracy_macro`, the mean over them. `videos` and `responses` say how many tokens those took. Raises ValueError
-    naming row and key.
+    The bootstrap draws videos, where rows have a `video`, because questions about one video are not independent.
+    Rows in which nothing can be read are wrong answers, as are those with an `error` (`num_unreadable`) and without a
+    prediction (`num_missing`). With `unanswered="skip"` they are left out, as some official scripts do (`num_skipped`).
+    `types` has the rows with a `type`, a path from general to special such as `causal/CW`, at every level. `videos` and
+    `responses` say how many tokens those took. Raises ValueError naming row and key.
     """
     check_modes(answer, unanswered)
     scored: dict[str, list[Scored]] = {row.get("task"): [] for row in rows}
@@ -171,29 +149,28 @@ def score_each(rows: Sequence[Row], answer: str = "tagged", unanswered: str = "w
 
     Raises ValueError naming row (from 1) and key, also for an id that is repeated.
     """
-    scored, seen = [], set()
+    scored, seen, several = [], set(), any("responses" in row for row in rows)
     for number, row in enumerate(rows, 1):
         try:
             row_id = _get(row, "id")
             if not isinstance(row_id, str | int) or row_id in seen:
                 raise ValueError(f"key 'id': {row_id!r} is repeated, or neither a string nor an integer")
             seen.add(row_id)
-            scored.append((row, sample_values(row, answer)))
+            value = sample_values(row, answer)
+            if several:  # the best of a row with one response, or none, is that one
+                best = {name: v for name, v in value.items() if name != "parse_fail" and "_best" not in name}
+                value = {f"{name}_best": v for name, v in best.items()} | value
+            scored.append((row, value))
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
-    if any("responses" in row for row in rows):
-        scored = [(row, _with_best(value)) for row, value in scored]
-    return [(row, value) for row, value in scored if unanswered == "wrong" or not _is_unanswered(row, answer)]
+    if unanswered == "wrong":
+        return scored
+    return [(row, value) for row, value in scored if any(any(_answer_of(one, answer)) for one in _each(row))]
 
 
 def cluster_of(row: Row) -> str | int:
     """What a bootstrap draws together: the video, or the row alone where it has none."""
     return f"{row.get('video')} {row.get('clip')}" if row.get("video") else row["id"]
-
-
-def _with_best(value: dict[str, float]) -> dict[str, float]:
-    """Where some rows have several responses, the best of a row with one, or none, is that one."""
-    return {f"{name}_best": v for name, v in value.items() if name != "parse_fail" and "_best" not in name} | value
 
 
 def _metrics(scored: list[Scored], seed: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ which are pure functions of the samples.
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,11 +118,11 @@ def counts_of(samples: Sequence[Sample]) -> str:
 def shared(train: Sequence[Sample], validation: Sequence[Sample]) -> tuple[int, int]:
     """How many validation records are in the training set, by content and not by id, and how many validation videos."""
     real = {video: os.path.realpath(video) for video in {sample.video for sample in (*train, *validation)}}
-    contents = {_content(sample, real) for sample in train}
-    records = sum(_content(sample, real) in contents for sample in validation)
-    return records, len({real[sample.video] for sample in train} & {real[sample.video] for sample in validation})
-
-
-def _content(sample: Sample, real: Mapping[str, str]) -> Sample:
-    """The sample without what may differ between two copies of one record, and with the real path of its video."""
-    return replace(sample, id="", video=real[sample.video], type="", source="", response=None, extra=None)
+    ours, theirs = (
+        [replace(s, id="", video=real[s.video], type="", source="", response=None, extra=None) for s in samples]
+        for samples in (train, validation)  # without what may differ between two copies of one record
+    )
+    known = set(ours)
+    return sum(content in known for content in theirs), len(
+        {content.video for content in ours} & {content.video for content in theirs}
+    )

@@ -51,7 +51,11 @@ class Evaluation:
 def read_run(path: Path, name: str) -> Training | Evaluation:
     """Read a run folder or a metrics.json. Raises ValueError where `path` is neither."""
     folder = path if path.is_dir() else path.parent
-    config, env = _read_config(folder / "config.yaml"), folder / "env.json"
+    config_file, env = folder / "config.yaml", folder / "env.json"
+    try:
+        config = flat(yaml.safe_load(config_file.read_text(encoding="utf-8"))) if config_file.is_file() else {}
+    except (yaml.YAMLError, AttributeError):
+        raise ValueError(f"{config_file} is not a configuration") from None
     if path.is_file() or (folder / "metrics.json").is_file():
         result = read_result(str(path))
         return Evaluation(name, config, result, json.loads(Path(result.path).read_text(encoding="utf-8-sig")))
@@ -59,13 +63,6 @@ def read_run(path: Path, name: str) -> Training | Evaluation:
         raise ValueError(f"{path}: neither a training nor a finished evaluation (no metrics.jsonl, no metrics.json)")
     environment = json.loads(env.read_text(encoding="utf-8")) if env.is_file() else {}
     return Training(name, folder, config, environment, read_series(folder / "metrics.jsonl"))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (yaml.YAMLError, AttributeError):
-        raise ValueError(f"{path} is not a configuration") from None
 
 
 def read_series(path: Path) -> Series:

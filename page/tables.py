@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from metrics.blind import in_words
-from metrics.compare import Result, differing_keys
-from metrics.intervals import paired_interval
+from metrics.compare import differing_keys
+from metrics.intervals import paired_difference
 from page.runs import Evaluation
 from page.samples import cut
 from records.tasks import TASKS
@@ -56,11 +56,10 @@ def task_table(task: str, group: Sequence[Evaluation]) -> dict[str, Any]:
     of, main, first = [e.content["tasks"][task] for e in group], TASKS[task].main_metric, group[0].result
     rows = []
     for name in sorted((n for n, value in of[0].items() if isinstance(value, float)), key=lambda n: n != main):
-        gains = []
-        for other in group[1:]:
-            ids, before, after = paired(task, name, first, other.result)
-            clusters = [first.clusters[i] for i in ids]
-            gains.append(paired_interval(before, after, clusters=clusters) if ids else None)
+        before, *others = [e.result.percent(task, name) for e in group]
+        gains = [
+            paired_difference(before, after, first.clusters) if before.keys() & after else None for after in others
+        ]
         rows.append((name, [_cell(values, name) for values in of], gains))
     close = next((cells for name, cells, _ in rows if name == CLOSE), None)
     floor = next((e.content["floor"][task] for e in group if task in e.content.get("floor", {})), None)
@@ -81,16 +80,10 @@ def _cell(values: Mapping[str, Any], name: str) -> list[float | None]:
     return [values.get(name), *values.get(f"{name}_ci95", (None, None))]
 
 
-def paired(task: str, name: str, a: Result, b: Result) -> tuple[list[Any], list[float], list[float]]:
-    """Ids that both have scored, and the percentages of either."""
-    ours, theirs = a.values[task], b.values[task]
-    ids = [i for i in ours if name in ours[i] and name in theirs.get(i, {})]
-    return ids, [100 * ours[i][name] for i in ids], [100 * theirs[i][name] for i in ids]
-
-
 def scatter(task: str, a: Evaluation, b: Evaluation) -> dict[str, Any]:
     """IoU of each question before and after, as many as MAX_DOTS drawn, and how many of all got better."""
-    pairs = list(zip(*paired(task, "miou", a.result, b.result)))
+    theirs = b.result.percent(task, "miou")
+    pairs = [(i, value, theirs[i]) for i, value in a.result.percent(task, "miou").items() if i in theirs]
     dots = [(cut(str(i)), before, after) for i, before, after in pairs[:: len(pairs) // MAX_DOTS + 1]]
     signs = Counter((after > before) - (after < before) for _, before, after in pairs)
     return {"task": task, "names": (a.name, b.name), "dots": dots, "num": len(pairs), "signs": signs}

@@ -100,31 +100,33 @@ def plan_videos(
     for sample, line in zip(samples, lines):
         key = (sample.video, sample.clip, sample.fps, sample.duration)
         if key not in done:
-            header = headers.get((sample.video, sample.fps))
+            header, (width, height, fps) = headers.get((sample.video, sample.fps)), usual
             try:
-                done[key] = _plan_one(sample, line, header, usual, spec, geometry)
+                if line is not None:
+                    fps = line["frames"] / line["duration"] if line["vfr"] or line["first_time"] else line["fps"]
+                    size = line["frames"], fps, line["height"], line["width"]
+                    done[key] = "manifest", plan(*size, spec, geometry, sample.clip)
+                elif header is not None:
+                    done[key] = "header", plan_file(header, spec, geometry, sample.clip)
+                elif sample.duration is None:
+                    done[key] = "unknown", None
+                else:
+                    num_frames = max(1, round(sample.duration * fps))
+                    done[key] = "record", plan(num_frames, fps, height, width, spec, geometry)
             except ValueError:  # what the loader would replace
                 done[key] = "unusable", None
-        source, plan = done[key]
-        plans.append(plan)
+        source, video = done[key]
+        plans.append(video)
         sources[source] += 1
-    return plans, _describe(sources, usual, bool(found))
-
-
-def _plan_one(
-    sample: Sample, line: dict | None, header: Header | None, usual: tuple, spec: VideoConfig, geometry: Geometry
-) -> tuple[str, VideoPlan | None]:
-    """Where a video's size is known from, and its plan."""
-    if line is not None:
-        uneven = line["vfr"] or line["first_time"]
-        fps = line["frames"] / line["duration"] if uneven else line["fps"]
-        return "manifest", plan(line["frames"], fps, line["height"], line["width"], spec, geometry, sample.clip)
-    if header is not None:
-        return "header", plan_file(header, spec, geometry, sample.clip)
-    if sample.duration is None:
-        return "unknown", None
-    width, height, fps = usual
-    return "record", plan(max(1, round(sample.duration * fps)), fps, height, width, spec, geometry)
+    why = "the commonest of those" if found else "assumed: no file and no manifest is there"
+    texts = {
+        "manifest": "by the manifest",
+        "header": "by their files' headers",
+        "record": "by the record's duration, with frames of {}x{} at {:g} a second, ".format(*usual) + why,
+        "unknown": "left out: neither a duration in the record nor a file",
+        "unusable": "left out: training would replace them",
+    }
+    return plans, "; ".join(f"{sources[name]:,} records {text}" for name, text in texts.items() if sources[name])
 
 
 def _probe_some(samples: Sequence[Sample]) -> dict[tuple[str, float | None], Header]:
@@ -138,15 +140,3 @@ def _probe_some(samples: Sequence[Sample]) -> dict[tuple[str, float | None], Hea
             except VideoError:
                 continue
     return headers
-
-
-def _describe(sources: Counter, size: tuple[int, int, float], is_known: bool) -> str:
-    why = "the commonest of those" if is_known else "assumed: no file and no manifest is there"
-    texts = {
-        "manifest": "by the manifest",
-        "header": "by their files' headers",
-        "record": "by the record's duration, with frames of {}x{} at {:g} a second, ".format(*size) + why,
-        "unknown": "left out: neither a duration in the record nor a file",
-        "unusable": "left out: training would replace them",
-    }
-    return "; ".join(f"{sources[name]:,} records {text}" for name, text in texts.items() if sources[name])

@@ -111,9 +111,17 @@ def choose(items: Sequence[Item], cfg) -> list[str]:
     if cfg.rule in NEED_VARIANCE and single:
         raise ValueError(f"select.rule={cfg.rule} needs at least 2 rewards of every item, {single.id!r} has 1")
     reasons = [reason(item, cfg) for item in items]
+    if not cfg.budget:
+        return reasons
+    by_std, drawn = cfg.rule in NEED_VARIANCE, np.random.default_rng(cfg.seed).permutation(len(items))
+    strata: dict[tuple[str, str], list[int]] = {}  # those that passed, by task and source
     passed = [i for i, why in enumerate(reasons) if not why]
-    for i in set(passed) - within_budget(items, passed, cfg) if cfg.budget else ():
-        reasons[i] = "over_budget"
+    for i in sorted(passed, key=lambda i: (-items[i].std if by_std else 0.0, drawn[i])):
+        strata.setdefault((items[i].task, items[i].source), []).append(i)
+    names = sorted(strata)
+    for name, share in zip(names, largest_remainder([len(strata[name]) for name in names], cfg.budget)):
+        for i in strata[name][share:]:
+            reasons[i] = "over_budget"
     return reasons
 
 
@@ -123,18 +131,6 @@ def check_kept(reasons: Sequence[str], cfg) -> None:
     if not counts[""]:
         told = "; ".join(f"{counts[why]} {why} ({text})" for why, text in REASONS.items() if counts[why])
         raise ValueError(f"select.rule={cfg.rule} keeps none of {len(reasons)} items: {told}")
-
-
-def within_budget(items: Sequence[Item], passed: Sequence[int], cfg) -> set[int]:
-    """Indices of the at most `cfg.budget` items to keep of those `passed`, stratified by task and source."""
-    drawn = np.random.default_rng(cfg.seed).permutation(len(items))
-    by_std = cfg.rule in NEED_VARIANCE
-    strata: dict[tuple[str, str], list[int]] = {}
-    for i in sorted(passed, key=lambda i: (-items[i].std if by_std else 0.0, drawn[i])):
-        strata.setdefault((items[i].task, items[i].source), []).append(i)
-    names = sorted(strata)
-    shares = largest_remainder([len(strata[name]) for name in names], cfg.budget)
-    return {i for name, share in zip(names, shares) for i in strata[name][:share]}
 
 
 def largest_remainder(sizes: Sequence[int], budget: int) -> list[int]:

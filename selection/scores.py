@@ -56,7 +56,7 @@ def read_scores(path: Path, samples: Sequence[Sample]) -> list[dict]:
 
 
 def _checked(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with `id`, and with an `error` or `rewards`, which `extra.difficulty` may stand for."""
+    """The row; its `rewards` are made of `extra.difficulty` where it has those alone. Raises ValueError."""
     if not isinstance(row.get("id"), str):
         raise ValueError("id is missing or not a text")
     if not isinstance(row.get("parse_fail", 0), int):

@@ -112,9 +112,9 @@ def test_the_configuration_reaches_the_answers(world, sft_run, tmp_path):
 
 def test_answer_modes_reach_the_metrics(world, tmp_path, monkeypatch):
     """Every response is a plain A: wrong or no answer when tagged, an answer otherwise."""
-    answers = predictions._answers
-    plain = lambda *args: [(["A"] * len(texts), used) for texts, used in answers(*args)]  # noqa: E731
-    monkeypatch.setattr(predictions, "_answers", plain)
+    prediction = predictions.prediction
+    plain = lambda sample, texts, answer: prediction(sample, ["A"] * len(texts), answer)  # noqa: E731
+    monkeypatch.setattr(predictions, "prediction", plain)
     found = {}
     for name, more in (("tagged", ()), ("text", ("eval.answer=tagged_or_text",)), ("skip", ("eval.unanswered=skip",))):
         eval.main(args_of(world, tmp_path / name, f"data.test={world}/mcqa_test.yaml", *more))
