@@ -228,9 +228,7 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class AskConfig:
-    """How a model is asked, while it trains and afterwards, and what counts as its answer."""
-
+class AskConfig:  # how a model is asked, while it trains and afterwards, and what counts as its answer
     batch_size: int = positive(32)  # videos per call of generate and process
     max_new_tokens: int = positive(2048)  # tokens of an answer at most
     answer: AnswerMode = "tagged"  # the answer block in the form asked for, or plain words too
@@ -255,9 +253,7 @@ class AnswerConfig(AskConfig):
 
 
 @dataclass(frozen=True)
-class RuleConfig:
-    """A reward here is the task's own, without the format: IoU, right option, or the mean of both (gqa)."""
-
+class RuleConfig:  # a reward here is the task's own, without the format: IoU, right option, or the mean of both
     rule: Literal["mixed", "mean_range", "top_variance", "random"] = "mixed"  # see selection/rules.py
     min_std: float = 0.1  # mixed, of tvg and gqa: rewards with a smaller standard deviation are of low variance
     min_best: float = 0.5  # mixed, of tvg and gqa: a smaller best reward is too low
@@ -419,7 +415,7 @@ def _merge(base: Any, source: str, read: Callable, given: Any) -> Any:
         layer = read(given)
         _check(OmegaConf.to_container(layer, throw_on_missing=True), defaults)  # ??? is no value
         merged = OmegaConf.unsafe_merge(base, layer)  # without a copy: `base` and `layer` are ours alone
-        _check(OmegaConf.to_container(merged, resolve=True), defaults)  # what ${section.key} stands for, too
+        _check(OmegaConf.to_container(merged, resolve=True), defaults)  # what ${section.key} is converted to, too
         return merged
     except YAMLError as error:
         raise ValueError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -444,7 +440,10 @@ def _check(value: Any, default: Any, key: str = "") -> None:
         for name, item in value.items():
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-                listed = ", ".join(prefix + other for other in known)
-                hint = f"did you mean {prefix}{close[0]}?" if close else f"valid are {listed}"
+                hint = (
+                    f"did you mean {prefix}{close[0]}?" if close else f"valid are {prefix}" + f", {prefix}".join(known)
+                )
                 raise ValueError(f"unknown key {prefix}{name}; {hint}")
-            _check(item, known[name], prefix + name)
+            _check(item, known[name], f"{prefix}{name}")
+    for item in value if isinstance(value, list) else ():  # all lists are of texts
+        _check(item, "", f"{key}[{item!r}]")

@@ -125,7 +125,7 @@ def update(
     parts = micro_batches(run.engine.unwrap(policy), rollout, batch, cfg, run)
     policy.train()
     for part in run.engine.evened(parts) if reference is not None else ():
-        with torch.no_grad(), reference.adapter_off():
+        with torch.no_grad(), reference.adapter_off(), run.engine.watchdog.meeting():
             part.ref_logps_BT, _ = part.logps(reference)
     for _ in range(cfg.loss.updates_per_rollout):
         run.engine.backward(policy, parts, partial(loss_of, policy, cfg=cfg.loss, stats=stats))

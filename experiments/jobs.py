@@ -102,7 +102,10 @@ def report(failed: dict[str, str]) -> str:
 
 
 def _is_finished(job: Job, root: Path) -> bool:
-    """Whether the result is there. Raises ValueError where its config.yaml is not what the job would write now."""
+    """Whether the result is there. Raises ValueError where its config.yaml is not what the job would write now.
+
+    The folder of all results may have moved since: its path in a value counts as `ROOT`.
+    """
     folder = root / job.name
     if not any((folder / name).exists() for name in RESULTS):
         return False
@@ -110,6 +113,8 @@ def _is_finished(job: Job, root: Path) -> bool:
     files, overrides = [str(REPO / w) for w in words if "=" not in w], [w for w in words if "=" in w]
     cfg = config.load(PROGRAMS[job.program], files, overrides)
     now, there = (config.flat(yaml.safe_load(y)) for y in (config.to_yaml(cfg), (folder / "config.yaml").read_text()))
+    for values, place in ((now, root), (there, there["run.dir"].removesuffix(f"/{job.name}"))):
+        values |= {key: v.replace(str(place), "ROOT") for key, v in values.items() if isinstance(v, str)}
     keys = sorted(key for key in now.keys() | there.keys() if now.get(key) != there.get(key))
     if keys:
         raise ValueError(f"{folder} is of another configuration ({', '.join(keys)}): remove it, or use another folder")

@@ -216,7 +216,7 @@ def save_model(
 ) -> None:
     """Write a Hugging Face folder: our weights, with LoRA the adapter's alone, every other file as `source` has it.
 
-    `weights` are the policy's tensors by name, where it does not hold them itself (engine.Engine.gathered_weights).
+    `weights` are the policy's tensors by name, where it does not hold them itself (runtime/engine.py).
     Where `source` is an adapter folder, those files are the full model's. Tensors have the names that they have in the
     files of `source` (transformers 5 renames on loading, and renames back here) and the dtype they are trained in.
     """

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import REPO
 
 import config
-from config import EvalRunConfig, GrpoConfig, SftConfig, load, to_yaml
+from config import EvalRunConfig, GrpoConfig, SelectConfig, SftConfig, load, to_yaml
 from records import files
 from runtime.arguments import PlanConfig
 from runtime.run import config_differences
@@ -356,3 +356,21 @@ def test_accelerate_configs_load(path):
 @pytest.mark.parametrize("path", DATA_SETS, ids=lambda path: path.name)
 def test_data_set_lists_load(path):
     assert all(entry["json_path"] and entry["data_folder"] for entry in files._data_sets(path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rewards.functions={1: 1}"], "rewards.functions"),
+        (["rewards.functions={a.py:f: x}"], r"rewards.functions.a.py:f must be float, got 'x' \(str\)"),
+    ],
+)
+def test_keys_of_the_users_own_are_checked_too(overrides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(GrpoConfig, [], overrides)
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"override {overrides[-1]!r}: ")
+
+
+def test_items_of_a_list_are_texts():
+    with pytest.raises(ValueError, match=r"select.allow\[1\] must be str, got 1 \(int\)"):
+        load(SelectConfig, [], ["select.scores=x", "select.allow=[1]"])

@@ -122,6 +122,20 @@ def updates_by_size(world, tmp_path, overrides, sizes, family: str = "qwen2_5_vl
     return results
 
 
+def test_the_reference_is_waited_for_under_the_eyes_of_the_watchdog(world, tmp_path, monkeypatch):
+    """Under ZeRO-3 each layer of it is a collective call, and a process that hangs in one is named to the others."""
+    cfg = make_cfg(world, tmp_path, *UPDATE, "loss.beta=0.1")
+    run, watched, score = open_run(cfg), [], train_grpo.packed_logps
+
+    def watching(policy, *args, **kwargs):
+        watched.append(run.engine.watchdog._waiting_since is not None)
+        return score(policy, *args, **kwargs)
+
+    monkeypatch.setattr(train_grpo, "packed_logps", watching)
+    update_once(world, cfg, run)
+    assert len(watched) >= 2 and all(watched)  # by the reference, and by the policy
+
+
 @pytest.mark.parametrize("freeze_vision", [True, False])
 def test_the_micro_batch_changes_no_gradient(world, tmp_path, family, freeze_vision):
     whole, *others = updates_by_size(world, tmp_path, [f"model.freeze_vision={freeze_vision}"], (16, 1, 2, 3), family)

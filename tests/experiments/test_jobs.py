@@ -173,3 +173,12 @@ run_all(listed, Path("{tmp_path}/root"), 2)
     assert not list((tmp_path / "root").rglob("metrics.json"))
     with jobs._locked(tmp_path / "root"):
         pass  # nobody holds it any more
+
+
+def test_the_folder_of_all_results_may_move(tmp_path, script):
+    """The paths in a run's config.yaml are those of the place where it ran."""
+    one = counting(script, "a")
+    assert run_all([one], tmp_path / "root", parallel=1) == {}
+    (tmp_path / "root").rename(tmp_path / "moved")
+    assert unfinished([one], tmp_path / "moved") == []
+    assert run_all([one], tmp_path / "moved", parallel=1) == {} and counts(script) == {"a": 1}
